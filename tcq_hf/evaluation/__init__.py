@@ -1,0 +1,1 @@
+"""Figures, tables and pictures that say how good a search is."""

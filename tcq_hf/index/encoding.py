@@ -1,0 +1,311 @@
+"""Images in, codes and embeddings out, as columns of a dataset."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset, Features, Image, IterableDataset, List, Value
+from datasets.utils import tqdm
+
+from .code_cache import CHUNK_ROWS, cache_key, chunk_path, write_chunk
+from .decoding import PictureBatch, decode_batch, decoded_batches, raw_pictures, row_batches
+
+if TYPE_CHECKING:
+    from tcq_hf.model.image_processing_tcq import TCQImageProcessor
+    from tcq_hf.model.modeling_tcq import TCQModel
+
+logger = logging.getLogger(__name__)
+
+# Column of a cache file: why a picture could not be read, or null.
+_ERROR = "_error"
+
+
+def encode_dataset(
+    dataset: Dataset | IterableDataset,
+    model: "TCQModel",
+    processor: "TCQImageProcessor",
+    image_column: str = "image",
+    embeddings: bool = False,
+    batch_size: int = 32,
+    num_workers: int | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    on_error: Literal["raise", "skip"] = "raise",
+) -> Dataset | IterableDataset:
+    """Add a column `codes`, uint8 `[M]`, and on request `embedding`, float32 `[D]`, to a dataset of pictures.
+
+    A `Dataset` is encoded now. Finished parts of 8,192 rows
+    are kept in the `datasets` cache, keyed by weights, codebooks, processor and data (for files also their size and
+    time), so an interrupted call goes on where it stopped and a repeated one reads. An `IterableDataset` comes back as
+    one, encoded as it is read (pictures are then decoded in threads only). Memory does not grow with the rows.
+
+    Args:
+        dataset: Rows with pictures, of one split.
+        model: A [`TCQModel`][tcq_hf.TCQModel]; its training mode is left as it was.
+        processor: Its image processor.
+        image_column: Column of images: the `Image` feature, paths or encoded bytes.
+        embeddings: Add the `embedding` column too.
+        batch_size: Pictures in one forward pass.
+        num_workers: Processes that decode beside the model; 0 decodes between its steps, in a thread a core. None takes
+            0 on a CPU, where the model uses every core anyway, and otherwise a process a core but one, at most 8.
+        device: Moves the model there; None leaves it where it is.
+        dtype: Autocast dtype of the backbone, `torch.bfloat16` or `torch.float16`; None runs as the weights are.
+        on_error: `"raise"` stops at the first picture that cannot be read, naming row and path; `"skip"` leaves such
+            rows out and logs each of them and their number.
+
+    Returns:
+        The dataset with the new columns and all its rows in order (less those skipped).
+
+    Raises:
+        TypeError: If it is no dataset of one split.
+        ValueError: For a missing or present column, an unreadable picture, an embedding that is not finite.
+    """
+    _check_dataset(dataset, image_column)
+    names = ["codes", "embedding"] if embeddings else ["codes"]
+    taken = set(names) & set(dataset.column_names or ())
+    if taken:
+        raise ValueError(f"the dataset has a column {sorted(taken)[0]!r} already; remove it first")
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
+    config = model.config
+    columns = {"codes": List(Value("uint8"), length=config.num_codebooks)}
+    if embeddings:
+        columns["embedding"] = List(Value("float32"), length=config.embedding_dim)
+    job = _Job(model, processor, image_column, batch_size, num_workers, device, dtype)
+    if isinstance(dataset, IterableDataset):
+        return _encode_iterable(dataset, job, columns, on_error)
+    return _encode_table(dataset, job, columns, on_error)
+
+
+def extract_features(
+    dataset: Dataset,
+    model: "TCQModel",
+    processor: "TCQImageProcessor",
+    image_column: str = "image",
+    batch_size: int = 32,
+    num_workers: int | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    on_error: Literal["raise", "skip"] = "raise",
+) -> np.ndarray:
+    """Backbone features of every picture: what [`TCQModel.initialize`][tcq_hf.TCQModel.initialize] learns from.
+
+    Arguments are those of [`encode_dataset`][tcq_hf.encode_dataset]. A few thousand random pictures suffice:
+    `dataset.shuffle(seed=0).take(20_000)`.
+
+    Returns:
+        float32 `[N, F]`, in the order of the rows (less those skipped).
+    """
+    _check_dataset(dataset, image_column)
+    if not isinstance(dataset, Dataset):
+        raise TypeError("extract_features needs a Dataset; take a part of an IterableDataset into one first")
+    job = _Job(model, processor, image_column, batch_size, num_workers, device, dtype)
+    pictures = raw_pictures(dataset, image_column)
+    parts, skipped = [], []
+    with tqdm(total=len(dataset), unit="img", desc="Extracting features") as bar:
+        for batch in job.stream(pictures, row_batches(range(len(dataset)), batch_size)):
+            for position, message in batch.errors.items():
+                skipped.append(_refuse(batch.rows[position], message, on_error))
+            if batch.pixel_values is not None:
+                with job.inference():
+                    parts.append(model.get_image_features(batch.pixel_values.to(model.device)).float().cpu().numpy())
+            bar.update(len(batch.rows))
+    _report_skipped(skipped)
+    return np.concatenate(parts) if parts else np.empty((0, model.projection.in_features), np.float32)
+
+
+def encode_pictures(model: "TCQModel", processor: "TCQImageProcessor", pictures: Any) -> np.ndarray:
+    """Embeddings float32 `[N, D]` of a picture or a list of pictures of any kind that the processor takes."""
+    job = _Job(model, processor, "", 1, 0, device=None, dtype=None)
+    pixel_values = processor(pictures, return_tensors="pt")["pixel_values"]
+    with job.inference():
+        return job.encode(pixel_values)["embedding"]
+
+
+@dataclass
+class _Job:
+    model: "TCQModel"
+    processor: "TCQImageProcessor"
+    image_column: str
+    batch_size: int
+    num_workers: int | None
+    device: str | torch.device | None
+    dtype: torch.dtype | None
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        if self.device is not None:
+            self.model.to(self.device)
+        if self.num_workers is None:
+            on_cpu = self.model.device.type == "cpu"
+            self.num_workers = 0 if on_cpu else max(1, min(8, (os.cpu_count() or 1) - 1))
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Evaluation mode without gradients; the model's own mode comes back afterwards."""
+        training = self.model.training
+        self.model.eval()
+        mixed = nullcontext() if self.dtype is None else torch.autocast(self.model.device.type, dtype=self.dtype)
+        try:
+            with torch.inference_mode(), mixed:
+                yield
+        finally:
+            self.model.train(training)
+
+    def stream(self, pictures: Dataset, batches: list[list[int]]) -> Iterator[PictureBatch]:
+        pin_memory = self.model.device.type == "cuda"
+        return decoded_batches(pictures, self.processor, batches, self.num_workers, pin_memory)
+
+    def encode(self, pixel_values: torch.Tensor) -> dict[str, np.ndarray]:
+        output = self.model(pixel_values=pixel_values.to(self.model.device, non_blocking=True))
+        return {"codes": output.codes.cpu().numpy(), "embedding": output.embeddings.cpu().numpy()}
+
+
+def _encode_table(dataset: Dataset, job: _Job, columns: dict[str, Any], on_error: str) -> Dataset:
+    if len(dataset) == 0:
+        features = Features({**dataset.features, **columns})
+        return Dataset.from_dict({name: [] for name in features}, features=features)
+    if dataset._indices is not None:
+        dataset = dataset.flatten_indices()
+    pictures = raw_pictures(dataset, job.image_column)
+    key = cache_key(dataset, job.model, job.processor, job.image_column, list(columns), str(job.dtype))
+    spans = [(start, min(start + CHUNK_ROWS, len(dataset))) for start in range(0, len(dataset), CHUNK_ROWS)]
+    paths = [chunk_path(key, pictures, *span) for span in spans]
+    missing = [(path, span) for path, span in zip(paths, spans, strict=True) if not path.exists()]
+    if missing:
+        _encode_chunks(pictures, missing, job, Features({**columns, _ERROR: Value("string")}), on_error, len(dataset))
+    encoded = datasets.concatenate_datasets([Dataset.from_file(str(path)) for path in paths])
+    messages = encoded.with_format("arrow")[_ERROR][:]
+    bad = {row: message.as_py() for row, message in enumerate(messages) if message.is_valid}
+    _report_skipped([_refuse(row, message, on_error) for row, message in bad.items()])
+    shape = dataset.format
+    encoded = datasets.concatenate_datasets([dataset.with_format(None), encoded.remove_columns(_ERROR)], axis=1)
+    if bad:
+        encoded = encoded.select([row for row in range(len(dataset)) if row not in bad])
+    return encoded.with_format(shape["type"], **shape["format_kwargs"]) if shape["type"] else encoded
+
+
+def _encode_chunks(
+    pictures: Dataset,
+    missing: list[tuple[Path, tuple[int, int]]],
+    job: _Job,
+    features: Features,
+    on_error: str,
+    total: int,
+) -> None:
+    """Encode the missing chunks, each written aside and renamed when whole."""
+    batches = [batch for _, span in missing for batch in row_batches(range(*span), job.batch_size)]
+    done = total - sum(stop - start for _, (start, stop) in missing)
+    with tqdm(total=total, initial=done, unit="img", desc="Encoding") as bar:
+        stream = job.stream(pictures, batches)
+        for path, (_, stop) in missing:
+            parts: list[pa.Table] = []
+            for batch in stream:
+                for position, message in batch.errors.items():
+                    if on_error == "raise":
+                        _refuse(batch.rows[position], message, on_error)
+                parts.append(_encode_batch(batch, job, features))
+                bar.update(len(batch.rows))
+                if batch.rows[-1] == stop - 1:
+                    break
+            write_chunk(path, pa.concat_tables(parts))
+
+
+def _encode_batch(batch: PictureBatch, job: _Job, features: Features) -> pa.Table:
+    """Codes, embeddings and error messages of one batch; an unreadable row holds zeros and its message."""
+    count, good = len(batch.rows), batch.readable()
+    found: dict[str, np.ndarray] = {}
+    if batch.pixel_values is not None:
+        with job.inference():
+            found = job.encode(batch.pixel_values)
+        _check_finite(found["embedding"], [batch.rows[position] for position in good])
+    arrays = []
+    for name, feature in features.items():
+        if name == _ERROR:
+            arrays.append(pa.array([batch.errors.get(position) for position in range(count)], pa.string()))
+            continue
+        values = np.zeros((count, feature.length), dtype=feature.feature.dtype)
+        if found:
+            values[good] = found[name]
+        arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), feature.length))
+    return pa.Table.from_arrays(arrays, schema=features.arrow_schema)
+
+
+def _encode_iterable(dataset: IterableDataset, job: _Job, columns: dict[str, Any], on_error: str) -> IterableDataset:
+    column, features = job.image_column, dataset.features
+    image = features.get(column) if features else None
+    decodes = isinstance(image, Image) and image.decode
+    raw = dataset.cast_column(column, Image(decode=False)) if decodes else dataset
+    encode = partial(
+        _encode_rows, job=job, names=list(columns), on_error=on_error, decode=image.decode_example if decodes else None
+    )
+    return raw.map(
+        encode,
+        with_indices=True,
+        batched=True,
+        batch_size=job.batch_size,
+        features=Features({**features, **columns}) if features else None,
+    )
+
+
+def _encode_rows(
+    rows: dict[str, list],
+    indices: list[int],
+    job: _Job,
+    names: list[str],
+    on_error: str,
+    decode: Callable[[dict], Any] | None,
+) -> dict[str, list]:
+    batch = decode_batch(job.processor, rows[job.image_column], indices, threads=job.num_workers or None)
+    _report_skipped([_refuse(indices[position], message, on_error) for position, message in batch.errors.items()])
+    good = batch.readable()
+    kept = {name: [values[position] for position in good] for name, values in rows.items()}
+    if decode is not None:
+        kept[job.image_column] = [decode(picture) for picture in kept[job.image_column]]
+    if batch.pixel_values is None:
+        return kept | {name: [] for name in names}
+    with job.inference():
+        found = job.encode(batch.pixel_values)
+    _check_finite(found["embedding"], [indices[position] for position in good])
+    return kept | {name: list(found[name]) for name in names}
+
+
+def _check_dataset(dataset: Any, image_column: str) -> None:
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        hint = "; choose a split, e.g. dataset['train']" if isinstance(dataset, dict) else ""
+        raise TypeError(f"dataset must be a datasets.Dataset or IterableDataset, got {type(dataset).__name__}{hint}")
+    if dataset.column_names is not None and image_column not in dataset.column_names:
+        raise ValueError(f"the dataset has no column {image_column!r}; its columns are {dataset.column_names}")
+
+
+def _check_finite(embeddings: np.ndarray, rows: list[int]) -> None:
+    finite = np.isfinite(embeddings).all(axis=1)
+    if not finite.all():
+        raise ValueError(
+            f"the embedding of row {rows[int(np.argmin(finite))]} is not finite: the weights are broken or overflow in "
+            "the chosen dtype"
+        )
+
+
+def _refuse(row: int, message: str, on_error: str) -> str:
+    text = f"row {row}{message}"
+    if on_error == "raise":
+        raise ValueError(f"cannot read the picture in {text} (on_error='skip' leaves such rows out)")
+    return text
+
+
+def _report_skipped(skipped: list[str]) -> None:
+    for text in skipped:
+        logger.warning("left out %s", text)
+    if skipped:
+        logger.warning("left out %d unreadable pictures", len(skipped))

@@ -1,0 +1,291 @@
+"""TCQModel: images or backbone features in, embeddings, codes, reconstructions and assignments out."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from timm.models import load_state_dict
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .configuration_tcq import TCQConfig, timm_defaults
+from .quantization_tcq import ProductQuantizer
+
+
+@dataclass
+class TCQOutput(ModelOutput):
+    """Everything that one forward pass gives, for a batch of N images.
+
+    Args:
+        embeddings: float32 `[N, D]`, each of the M sub-vectors of unit norm.
+        codes: uint8 `[N, M]`, the nearest codeword of each sub-vector.
+        reconstruction: float32 `[N, D]`, the chosen codewords, concatenated.
+        assignments: float32 `[N, M, K]`, softmax over the codewords of each codebook.
+    """
+
+    embeddings: torch.FloatTensor | None = None
+    codes: torch.Tensor | None = None
+    reconstruction: torch.FloatTensor | None = None
+    assignments: torch.FloatTensor | None = None
+
+
+class TCQModel(PreTrainedModel):
+    """A timm backbone, a linear projection and a product quantizer.
+
+    `TCQModel(config)` has random weights; [`from_timm`][TCQModel.from_timm] starts from a pretrained backbone,
+    [`initialize`][TCQModel.initialize] sets projection and codebooks from a set of pictures.
+
+    Args:
+        config: A [`TCQConfig`].
+
+    Raises:
+        ValueError: If the backbone refuses `backbone_kwargs` or cannot pool as the config asks.
+    """
+
+    config: TCQConfig
+    config_class = TCQConfig
+    base_model_prefix = "tcq"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    accepts_loss_kwargs = False
+    _supports_sdpa = True
+    _no_split_modules: list[str] = []
+    # A code must not depend on the dtype that the backbone happens to run in.
+    _keep_in_fp32_modules_strict = ["projection", "quantizer"]
+
+    def __init__(self, config: TCQConfig) -> None:
+        super().__init__(config)
+        self.backbone = _create_backbone(config)
+        self.projection = nn.Linear(_feature_width(self.backbone, config), config.embedding_dim)
+        self.quantizer = ProductQuantizer(
+            config.num_codebooks, config.codebook_size, config.sub_dim, config.softmax_scale
+        )
+        self.supports_gradient_checkpointing = _supports_checkpointing(self.backbone)
+        if self.projection.weight.device.type != "meta":
+            # timm has initialised its own weights; post_init() must not draw them again.
+            for parameter in self.backbone.parameters():
+                parameter._is_hf_initialized = True
+        self.post_init()
+
+    def forward(self, pixel_values: torch.Tensor | None = None, features: torch.Tensor | None = None) -> TCQOutput:
+        """Encode images, or backbone features that were computed before.
+
+        Args:
+            pixel_values: `[N, C, image_size, image_size]`, normalised by [`TCQImageProcessor`].
+            features: `[N, F]`, from [`get_image_features`][TCQModel.get_image_features], instead of `pixel_values`.
+
+        Returns:
+            A [`TCQOutput`] whose tensors are float32 (codes uint8) whatever the dtype of the backbone.
+
+        Raises:
+            ValueError: Unless exactly one input is given, in the expected shape.
+        """
+        if (pixel_values is None) == (features is None):
+            raise ValueError("give exactly one of pixel_values and features")
+        if features is None:
+            features = self.get_image_features(pixel_values)
+        elif features.ndim != 2 or features.shape[1] != self.projection.in_features:
+            raise ValueError(f"features must have shape [N, {self.projection.in_features}], got {list(features.shape)}")
+        with torch.autocast(features.device.type, enabled=False):
+            projected = self.projection(features.to(self.projection.weight.dtype))
+            embeddings = self.quantizer.normalize(projected)
+            table = self.quantizer.lookup_table(embeddings)
+            codes = self.quantizer.codes(table)
+            return TCQOutput(
+                embeddings=embeddings,
+                codes=codes,
+                reconstruction=self.quantizer.reconstruct(codes),
+                assignments=self.quantizer.assignments(table),
+            )
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Pooled backbone features `[N, F]` in the backbone's dtype, from `pixel_values` `[N, C, H, W]`."""
+        side, channels = self.config.image_size, self.config.num_channels
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (channels, side, side):
+            raise ValueError(
+                f"pixel_values must have shape [N, {channels}, {side}, {side}] (num_channels and image_size of the "
+                f"config), got {list(pixel_values.shape)}"
+            )
+        pixel_values = pixel_values.to(self.device, next(self.backbone.parameters()).dtype)
+        if self.config.pooling is None:
+            return self.backbone(pixel_values)
+        tokens = self.backbone.forward_features(pixel_values)
+        return tokens[:, 0] if self.config.pooling == "token" else tokens[:, self.backbone.num_prefix_tokens :].mean(1)
+
+    @classmethod
+    def from_timm(cls, name: str, weights: str | os.PathLike | None = None, **config: Any) -> "TCQModel":
+        """A model whose backbone has pretrained timm weights, bit-exact; projection and codebooks are random.
+
+        Args:
+            name: A timm model name; its tag chooses the weights.
+            weights: A local safetensors file with timm's keys (a classifier in it is left out). `None` lets timm
+                fetch the weights from the Hub or its cache.
+            **config: Fields of [`TCQConfig`].
+
+        Raises:
+            FileNotFoundError: If `weights` does not exist.
+            ValueError: If `weights` is no safetensors file or does not fit the backbone, naming the tensors.
+        """
+        model = cls(TCQConfig(backbone=name, **config))
+        arguments = _backbone_arguments(model.config)
+        if weights is None:
+            pretrained = timm.create_model(name, pretrained=True, **arguments)
+        else:
+            pretrained = _create_from_file(name, Path(weights), arguments)
+        model.backbone.load_state_dict(pretrained.state_dict())
+        return model.eval()
+
+    @torch.no_grad()
+    def initialize(
+        self, features: torch.Tensor | np.ndarray | None = None, *, embeddings: Any = None, seed: int = 0
+    ) -> "TCQModel":
+        """Fit projection and codebooks to pictures without labels: PCA map, random rotation, spherical k-means.
+
+        The projection becomes the centred PCA of the features, turned by a random orthogonal matrix, so that every
+        sub-space carries the same share of the variance; its scale is that of the features. The codebooks become the
+        spherical k-means centroids of the resulting sub-vectors.
+
+        Args:
+            features: `[n, F]` backbone features of n >= K pictures.
+            embeddings: `[n, D]` instead of `features`: sets the codebooks only and leaves the projection.
+            seed: Seed of rotation and clustering; equal seeds give equal weights.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ValueError: If the shape is wrong, a value is not finite, or there are fewer rows than codewords.
+        """
+        if (features is None) == (embeddings is None):
+            raise ValueError("give exactly one of features and embeddings")
+        name, given, width = (
+            ("features", features, self.projection.in_features)
+            if embeddings is None
+            else ("embeddings", embeddings, self.config.embedding_dim)
+        )
+        rows = torch.as_tensor(given, dtype=torch.float32, device=self.device)
+        if rows.ndim != 2 or rows.shape[1] != width:
+            raise ValueError(f"{name} must have shape [n, {width}], got {list(rows.shape)}")
+        if len(rows) < self.config.codebook_size:
+            raise ValueError(
+                f"{name} must have at least codebook_size={self.config.codebook_size} rows, got {len(rows)}; "
+                "pass more pictures or choose a smaller codebook_size"
+            )
+        broken = ~rows.isfinite().all(dim=1)
+        if broken.any():
+            raise ValueError(f"{name} row {int(broken.nonzero()[0])} is not finite")
+        if embeddings is None:
+            weight, bias = _rotated_pca(rows, self.config.embedding_dim, seed)
+            self.projection.weight.copy_(weight)
+            self.projection.bias.copy_(bias)
+            rows = self.projection(rows.to(self.projection.weight.dtype))
+        self.quantizer.initialize(rows, seed)
+        return self
+
+    def freeze_backbone(self) -> "TCQModel":
+        """Stop gradients into the backbone; projection and codebooks stay trainable."""
+        self.backbone.requires_grad_(False)
+        return self
+
+    def codebooks(self) -> np.ndarray:
+        """Unit-norm codebooks, float32 NumPy `[M, K, d]`: what goes into FAISS."""
+        return self.quantizer.normalized_codebooks().detach().cpu().numpy()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ProductQuantizer):
+            init.normal_(module.codebooks)
+        # Rotary and relative-position tables of timm are not in the checkpoint: after a load on the meta device they
+        # hold garbage until they are computed again.
+        if hasattr(module, "init_non_persistent_buffers"):
+            module.init_non_persistent_buffers()
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
+        self.backbone.set_grad_checkpointing(enable)
+
+
+def _backbone_arguments(config: TCQConfig) -> dict[str, Any]:
+    arguments = dict(config.backbone_kwargs or {}, num_classes=0, in_chans=config.num_channels)
+    if timm_defaults(config.backbone).fixed_input_size:
+        arguments["img_size"] = config.image_size
+    return arguments
+
+
+def _create_backbone(config: TCQConfig) -> nn.Module:
+    try:
+        backbone = timm.create_model(config.backbone, pretrained=False, **_backbone_arguments(config))
+    except TypeError as error:
+        raise ValueError(
+            f"backbone {config.backbone!r} refuses backbone_kwargs={config.backbone_kwargs}: {error}"
+        ) from error
+    if config.pooling is not None:
+        prefix = getattr(backbone, "num_prefix_tokens", None)
+        if prefix is None or (prefix == 0 and config.pooling == "token"):
+            raise ValueError(
+                f"pooling={config.pooling!r} is impossible for backbone {config.backbone!r}, which has no "
+                f"{'class token' if config.pooling == 'token' else 'patch tokens'}; leave pooling unset"
+            )
+    return backbone
+
+
+def _feature_width(backbone: nn.Module, config: TCQConfig) -> int:
+    return backbone.head_hidden_size if config.pooling is None else backbone.num_features
+
+
+def _supports_checkpointing(backbone: nn.Module) -> bool:
+    # Some timm models have the method only to assert that they cannot do it.
+    try:
+        backbone.set_grad_checkpointing(enable=False)
+        backbone.set_grad_checkpointing(enable=True)
+    except (AssertionError, AttributeError):
+        return False
+    backbone.set_grad_checkpointing(enable=False)
+    return True
+
+
+def _create_from_file(name: str, weights: Path, arguments: dict[str, Any]) -> nn.Module:
+    if not weights.is_file():
+        raise FileNotFoundError(f"weights: no file {weights}")
+    if weights.suffix != ".safetensors":
+        raise ValueError(f"weights must be a .safetensors file, got {weights.name}")
+    try:
+        state = load_state_dict(str(weights))
+    except Exception as error:
+        raise ValueError(f"weights file {weights} is damaged or no safetensors file: {error}") from error
+    classifier = timm_defaults(name).classifier or ()
+    heads = tuple(f"{head}." for head in ([classifier] if isinstance(classifier, str) else classifier))
+    state = {key: value for key, value in state.items() if not key.startswith(heads)} if heads else state
+    # With equal class counts on both sides timm loads strictly; otherwise it would only log what does not fit.
+    overlay = {"state_dict": state, "num_classes": 0, "label_offset": 0, "custom_load": False}
+    try:
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+    except RuntimeError as error:
+        raise ValueError(f"weights file {weights} does not fit backbone {name!r}: {error}") from error
+
+
+def _rotated_pca(rows: torch.Tensor, width: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight `[D, F]` and bias `[D]` of the centred PCA map followed by a random matrix with orthonormal columns."""
+    mean = rows.double().mean(dim=0)
+    covariance = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
+    for block in rows.split(16384):
+        centred = block.double() - mean
+        covariance += centred.T @ centred
+    rank = min(width, rows.shape[1])
+    directions = torch.linalg.eigh(covariance).eigenvectors[:, -rank:].flip(1).T
+    # The sign of an eigenvector is arbitrary: fix it, so that one seed gives one map on every machine.
+    directions = directions * directions.gather(1, directions.abs().argmax(dim=1, keepdim=True)).sign()
+    generator = torch.Generator().manual_seed(seed)
+    gaussian = torch.randn(width, rank, generator=generator, dtype=torch.float64)
+    rotation = torch.linalg.qr(gaussian).Q.to(rows.device)
+    weight = rotation @ directions
+    return weight.float(), -(weight @ mean).float()
+
+
+__all__ = ["TCQModel", "TCQOutput"]

@@ -1,0 +1,92 @@
+"""Suite-wide fixtures: a ViT of about 35k parameters, drawn pictures, the folder of real pictures."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from pathlib import Path
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from tcq_hf import TCQConfig, TCQImageProcessor, TCQModel
+
+TINY = {
+    "backbone": "vit_tiny_patch16_224",
+    "backbone_kwargs": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
+    "image_size": 32,
+    "embedding_dim": 32,
+    "num_codebooks": 4,
+    "codebook_size": 16,
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Keep the suite out of the user's datasets cache."""
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets_cache")
+
+
+def data_folder() -> Path:
+    """The folder of real pictures, or a skip that says why."""
+    folder = Path(os.environ.get("TCQ_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real pictures: {folder} is absent, set TCQ_DATA to their folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    return data_folder()
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> TCQConfig:
+    return TCQConfig(**TINY)
+
+
+@pytest.fixture
+def model(tiny_config) -> TCQModel:
+    """A tiny model whose projection and codebooks were fitted to random features; fresh for each test."""
+    torch.manual_seed(0)
+    made = TCQModel(tiny_config).eval()
+    return made.initialize(torch.randn(400, 32, generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.fixture(scope="session")
+def processor() -> TCQImageProcessor:
+    return TCQImageProcessor.from_backbone("vit_tiny_patch16_224", image_size=32)
+
+
+@pytest.fixture(scope="session")
+def pictures() -> list[PIL.Image.Image]:
+    """32 drawn pictures: coloured discs on gradients, all different."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:48, :40]
+    drawn = []
+    for _ in range(32):
+        centre, radius, colours = rng.uniform(8, 32, 2), rng.uniform(4, 14), rng.integers(0, 256, (2, 3))
+        disc = ((y - centre[0]) ** 2 + (x - centre[1]) ** 2 < radius**2)[..., None]
+        ground = (y / 48)[..., None] * colours[0]
+        drawn.append(PIL.Image.fromarray(np.where(disc, colours[1], ground).astype(np.uint8)))
+    return drawn
+
+
+@pytest.fixture(scope="session")
+def picture_folder(pictures, tmp_path_factory) -> Path:
+    """The drawn pictures as PNG files in two class folders."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for i, picture in enumerate(pictures):
+        (folder / ("even", "odd")[i % 2]).mkdir(exist_ok=True)
+        picture.save(folder / ("even", "odd")[i % 2] / f"{i:02d}.png")
+    return folder
+
+
+@pytest.fixture
+def dataset(picture_folder) -> datasets.Dataset:
+    """The drawn pictures as an imagefolder dataset with labels."""
+    return datasets.load_dataset("imagefolder", data_dir=str(picture_folder), split="train")
