@@ -49,10 +49,21 @@ def add_code_index(dataset: Dataset, column: str, model: "TCQModel", name: str |
     Returns:
         The same dataset, with the index attached, as `dataset.add_faiss_index` does.
     """
-    index = build_index(model, codes_array(dataset, column))
-    dataset.add_faiss_index_from_external_arrays(
-        np.zeros((0, index.d), dtype=np.float32), index_name=name or column, custom_index=index
-    )
+    return attach_index(dataset, build_index(model, codes_array(dataset, column)), name or column)
+
+
+def attach_index(dataset: Dataset, index: Any, name: str) -> Dataset:
+    """Attach a filled FAISS index, on CPU or GPU, whose rows are those of the dataset; gives the same dataset back.
+
+    Raises:
+        ValueError: If the index has another number of rows than the dataset.
+    """
+    if index.ntotal != len(dataset):
+        raise ValueError(
+            f"the index holds {index.ntotal} rows, the dataset {len(dataset)}: they do not belong together"
+        )
+    nothing = np.zeros((0, index.d), dtype=np.float32)
+    dataset.add_faiss_index_from_external_arrays(nothing, index_name=name, custom_index=index)
     return dataset
 
 

@@ -1,0 +1,46 @@
+"""The command line `tcq-hf`: one small file a command."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from huggingface_hub.errors import StrictDataclassError
+
+from tcq_hf import __version__
+
+from . import demo, encode, index, search
+
+_EPILOG = """\
+examples:
+  tcq-hf demo                                               see it work on pictures that come with a package
+  tcq-hf encode --dataset pictures/ --backbone vit_small_patch14_dinov2.lvd142m \\
+      --save-model my-model --output codes.parquet          codes for your own pictures
+  tcq-hf index --codes codes.parquet --model my-model --output index.faiss
+  tcq-hf search --dataset pictures/ --model my-model --index index.faiss --query cat.jpg --grid found.png
+
+exit codes: 0 done, 1 failed (the reason is on standard error), 2 wrong arguments, 130 interrupted
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="tcq-hf",
+        description="Unsupervised image retrieval with learned codes.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"tcq_hf {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in (demo, encode, index, search):
+        command.add_parser(commands)
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (OSError, ValueError, RuntimeError, ImportError, TypeError, StrictDataclassError) as error:
+        print(f"tcq-hf {arguments.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"tcq-hf {arguments.command}: interrupted; what was encoded so far is kept", file=sys.stderr)
+        return 130
+    return 0

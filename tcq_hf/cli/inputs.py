@@ -1,0 +1,156 @@
+"""Arguments that several commands share, and what they name: datasets, models, codes."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Image
+from datasets.exceptions import DatasetNotFoundError, DatasetsError
+
+from tcq_hf import TCQConfig, TCQImageProcessor, TCQModel, codes_array
+
+Commands = Any  # argparse keeps the type of its sub-parsers private
+
+
+def command(
+    commands: Commands, name: str, help_line: str, examples: str, run: Callable[[argparse.Namespace], None]
+) -> argparse.ArgumentParser:
+    """A sub-command with examples under its help."""
+    parser = commands.add_parser(
+        name,
+        help=help_line,
+        description=help_line[0].upper() + help_line[1:] + ".",
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_dataset_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """`--dataset`, `--split`, `--image-column`."""
+    parser.add_argument(
+        "--dataset",
+        required=required,
+        metavar="NAME",
+        help="a folder of pictures (class folders become labels), a parquet file, a saved dataset or a Hub name",
+    )
+    parser.add_argument("--split", metavar="SPLIT", help="e.g. train, train+test or all; needed if there are several")
+    parser.add_argument(
+        "--image-column", metavar="COLUMN", help="column of the pictures (default: the first of images)"
+    )
+
+
+def add_encoding_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `encode_dataset`."""
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures a step (default: 32)")
+    parser.add_argument("--num-workers", type=int, metavar="N", help="processes that decode (default: by device)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16"], help="reduced precision of the backbone")
+    parser.add_argument(
+        "--on-error",
+        choices=["raise", "skip"],
+        default="raise",
+        help="at a picture that cannot be read: stop, or leave it out and say so (default: raise)",
+    )
+
+
+def encoding_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_encoding_arguments` as keyword arguments of `encode_dataset`."""
+    return {
+        "batch_size": arguments.batch_size,
+        "num_workers": arguments.num_workers,
+        "device": arguments.device or ("cuda" if torch.cuda.is_available() else None),
+        "dtype": getattr(torch, arguments.dtype) if arguments.dtype else None,
+        "on_error": arguments.on_error,
+    }
+
+
+def load_pictures(name: str, split: str | None = None) -> Dataset:
+    """The dataset that `--dataset` and `--split` name.
+
+    Raises:
+        ValueError: If there is nothing there, or several splits and none chosen.
+    """
+    path = Path(name)
+    if path.is_dir() and (path / "state.json").is_file():
+        loaded = datasets.load_from_disk(name)
+    elif path.suffix == ".parquet" and path.is_file():
+        loaded = datasets.load_dataset("parquet", data_files=name, split="train")
+    elif path.is_file():
+        raise ValueError(f"--dataset: {name} is a file; expected a folder, a parquet file or a Hub name")
+    else:
+        loaded = _load_by_name(name, split)
+    if isinstance(loaded, DatasetDict):
+        if split is not None or len(loaded) > 1:
+            raise ValueError(f"--dataset {name} has the splits {', '.join(loaded)}; choose with --split, e.g. all")
+        (loaded,) = loaded.values()
+    if not len(loaded):
+        raise ValueError(f"--dataset {name} has no rows")
+    return loaded
+
+
+def _load_by_name(name: str, split: str | None) -> Dataset | DatasetDict:
+    path = Path(name)
+    if path.is_dir():
+        if not any(file.is_file() for file in path.rglob("*")):
+            raise ValueError(f"--dataset: the folder {name} is empty")
+    elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ValueError(f"--dataset: there is no folder or file {name}")
+    try:
+        return datasets.load_dataset(name, split=split)
+    except DatasetNotFoundError as error:
+        raise ValueError(f"--dataset: {name} is no folder here and no dataset on the Hub: {error}") from error
+    except DatasetsError as error:
+        raise ValueError(f"--dataset {name}: no pictures found: {error}") from error
+
+
+def image_column(dataset: Dataset, asked: str | None) -> str:
+    """The column of pictures: the one asked for, else the first of images, else `image`."""
+    if asked is None:
+        found = [name for name, feature in dataset.features.items() if isinstance(feature, Image)]
+        asked = found[0] if found else "image"
+    if asked not in dataset.column_names:
+        raise ValueError(f"--image-column: the dataset has no column {asked!r}; its columns are {dataset.column_names}")
+    return asked
+
+
+def label_column(dataset: Dataset) -> str | None:
+    """The first column of class labels, if any."""
+    return next((name for name, feature in dataset.features.items() if isinstance(feature, ClassLabel)), None)
+
+
+def load_model(name: str) -> tuple[TCQModel, TCQImageProcessor]:
+    """A saved model and its processor, from a folder or the Hub."""
+    return TCQModel.from_pretrained(name).eval(), TCQImageProcessor.from_pretrained(name)
+
+
+def config_fields(bits: int) -> dict[str, int]:
+    """Fields of the config for a number of bits, in codebooks of 256 codewords.
+
+    Raises:
+        ValueError: If bits is no positive multiple of 8.
+    """
+    if bits < 8 or bits % 8:
+        raise ValueError(f"--bits must be a positive multiple of 8, got {bits}")
+    return {"num_codebooks": bits // 8}
+
+
+def new_processor(config: TCQConfig) -> TCQImageProcessor:
+    """The processor of a model that was just made from a backbone."""
+    return TCQImageProcessor.from_backbone(config.backbone, config.image_size, config.num_channels)
+
+
+def read_codes(path: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """Codes `[N, M]` and, from parquet, the row numbers `[N]` that they belong to."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--codes: no file {path}")
+    if path.endswith(".npy"):
+        return np.load(path, allow_pickle=False), None
+    table = datasets.load_dataset("parquet", data_files=path, split="train")
+    rows = table.with_format("numpy")["row"][:] if "row" in table.column_names else None
+    return codes_array(table), rows

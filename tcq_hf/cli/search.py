@@ -1,0 +1,117 @@
+"""`tcq-hf search`: a picture in, a table of the most similar rows out, and a picture grid if asked."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from tcq_hf import TCQImageProcessor, TCQModel, add_code_index, build_index, encode_dataset, load_index
+from tcq_hf import search as find
+from tcq_hf.evaluation.report import Cell, picture_grid, text_table
+from tcq_hf.index.dataset_index import attach_index
+from tcq_hf.index.decoding import raw_pictures
+
+from . import inputs
+
+_EXAMPLES = """\
+  tcq-hf search --dataset pictures/ --model my-model --query cat.jpg
+  tcq-hf search --dataset pictures/ --model my-model --codes codes.parquet --query cat.jpg dog.jpg --grid found.png
+  tcq-hf search --dataset pictures/ --model my-model --index index.faiss --row 17 --k 20
+
+Without --codes and --index the pictures are encoded first; the codes are kept in the datasets cache.
+"""
+
+
+def add_parser(commands: inputs.Commands) -> None:
+    """Add the command to `tcq-hf`."""
+    parser = inputs.command(commands, "search", "find the most similar pictures", _EXAMPLES, run)
+    inputs.add_dataset_arguments(parser)
+    parser.add_argument(
+        "--model", required=True, metavar="NAME", help="the model that made the codes: folder or Hub name"
+    )
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--codes", metavar="FILE", help="codes.parquet or codes.npy from tcq-hf encode")
+    source.add_argument("--index", metavar="FILE", help="FAISS file from tcq-hf index, one row for each picture")
+    query = parser.add_mutually_exclusive_group(required=True)
+    query.add_argument("--query", nargs="+", metavar="FILE", help="pictures to search with")
+    query.add_argument("--row", nargs="+", type=int, metavar="N", help="rows of the dataset to search with")
+    parser.add_argument("--k", type=int, default=10, metavar="N", help="neighbours (default: 10)")
+    parser.add_argument("--grid", metavar="PNG", help="draw queries and neighbours into this file")
+    inputs.add_encoding_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Search, print, draw."""
+    model, processor = inputs.load_model(arguments.model)
+    dataset = inputs.load_pictures(arguments.dataset, arguments.split)
+    column, label = inputs.image_column(dataset, arguments.image_column), inputs.label_column(dataset)
+    dataset, numbers = _with_index(arguments, dataset, model, processor, column)
+    grid = []
+    for query in arguments.query or arguments.row:
+        asked = query if isinstance(query, str) else _position(query, numbers)
+        found = find(dataset, asked, model, processor, k=arguments.k, image_column=column)
+        print(f"{'' if isinstance(query, str) else 'row '}{query}")
+        print(text_table(_lines(found, numbers, _names(dataset, label), label, _paths(dataset, found, column))), "\n")
+        picture = query if isinstance(query, str) else dataset[asked][column]
+        cells = [_cell(row, _names(dataset, label), label, column) for row in found]
+        grid.append([Cell(processor.process_image(picture), Path(str(query)).name), *cells])
+    if arguments.grid:
+        print(f"grid -> {picture_grid(grid, arguments.grid)}")
+
+
+def _with_index(
+    arguments: argparse.Namespace, dataset: Dataset, model: TCQModel, processor: TCQImageProcessor, column: str
+) -> tuple[Dataset, np.ndarray]:
+    """The dataset with its index, and the number that each of its rows has in `--dataset`."""
+    if arguments.index:
+        return attach_index(dataset, load_index(arguments.index, model), "codes"), np.arange(len(dataset))
+    if arguments.codes:
+        codes, numbers = inputs.read_codes(arguments.codes)
+        if numbers is None:
+            numbers = np.arange(len(dataset))
+        elif len(numbers) and numbers.max() >= len(dataset):
+            raise ValueError(
+                f"--codes has row {numbers.max()}, but --dataset has {len(dataset)} rows: it is another one"
+            )
+        else:
+            dataset = dataset if len(numbers) == len(dataset) else dataset.select(numbers)
+        return attach_index(dataset, build_index(model, codes), "codes"), numbers
+    numbered = dataset.add_column("_number", np.arange(len(dataset)))
+    options = inputs.encoding_options(arguments)
+    encoded = encode_dataset(numbered, model, processor, image_column=column, **options)
+    numbers = np.asarray(encoded.with_format("numpy")["_number"][:])
+    return add_code_index(encoded.remove_columns("_number"), "codes", model), numbers
+
+
+def _position(number: int, numbers: np.ndarray) -> int:
+    positions = np.flatnonzero(numbers == number)
+    if not len(positions):
+        raise ValueError(f"--row {number} is not among the {len(numbers)} rows that have a code")
+    return int(positions[0])
+
+
+def _names(dataset: Dataset, label: str | None) -> list[str]:
+    return dataset.features[label].names if label else []
+
+
+def _paths(dataset: Dataset, found: list[dict], column: str) -> list[str]:
+    """File names of the rows found, where the dataset knows them."""
+    pictures = raw_pictures(dataset.select_columns([column]), column)[[row["row"] for row in found]][column]
+    return [(picture.get("path") if isinstance(picture, dict) else None) or "" for picture in pictures]
+
+
+def _lines(
+    found: list[dict], numbers: np.ndarray, names: list[str], label: str | None, paths: list[str]
+) -> list[dict[str, Any]]:
+    return [
+        {"rank": rank, "row": int(numbers[row["row"]]), "score": row["score"], "similarity": row["similarity"]}
+        | ({"label": names[row[label]]} if label else {})
+        | ({"file": path} if any(paths) else {})
+        for rank, (row, path) in enumerate(zip(found, paths, strict=True), 1)
+    ]
+
+
+def _cell(row: dict, names: list[str], label: str | None, column: str) -> Cell:
+    return Cell(row[column], f"{names[row[label]] if label else ''} {row['similarity']:.2f}".strip())

@@ -1,0 +1,148 @@
+"""Figures and pictures in, tables, a picture grid and one HTML page out."""
+
+import base64
+import io
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import PIL.Image
+import PIL.ImageOps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+_QUERY, _SAME, _OTHER = "#1f4e8c", "#2e8b57", "#c8c8c8"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A picture of the grid.
+
+    Args:
+        picture: A PIL image of any size.
+        caption: One short line under it.
+        match: Whether it shows what the query shows; None where nobody knows.
+    """
+
+    picture: PIL.Image.Image
+    caption: str = ""
+    match: bool | None = None
+
+
+def text_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows with equal keys as aligned text; floats with four digits, numbers to the right."""
+    if not rows:
+        return ""
+    header = list(rows[0])
+    cells = [[_format(row[name]) for name in header] for row in rows]
+    widths = [max(len(name), *(len(line[i]) for line in cells)) for i, name in enumerate(header)]
+    numeric = [all(isinstance(row[name], (int, float)) for row in rows) for name in header]
+    lines = [header, ["-" * width for width in widths], *cells]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(line, widths, numeric, strict=True)
+        ).rstrip()
+        for line in lines
+    )
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows with equal keys as a Markdown table."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([_format(value) for value in row.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def picture_grid(rows: Sequence[Sequence[Cell]], path: str | os.PathLike, title: str = "") -> Path:
+    """Draw rows of pictures, the query first in each, into a PNG file.
+
+    Queries have a blue frame, neighbours that match a green one; neighbours stand in order, best first.
+
+    Args:
+        rows: Cells of each row; rows may differ in length.
+        path: PNG file to write.
+        title: Line above the grid.
+
+    Raises:
+        ValueError: If there is nothing to draw.
+    """
+    if not rows or not all(rows):
+        raise ValueError("a picture grid needs at least one row with at least one picture")
+    path = Path(path)
+    columns, side, gap, under = max(map(len, rows)), 1.25, 0.12, 0.26
+    width = columns * (side + gap) + 3 * gap
+    head = 0.45 if title else gap
+    height = len(rows) * (side + under + gap) + head
+    figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
+    FigureCanvasAgg(figure)
+    for r, row in enumerate(rows):
+        for c, cell in enumerate(row):
+            left = gap + c * (side + gap) + (2 * gap if c else 0)
+            bottom = height - head - r * (side + under + gap) - side
+            axes = figure.add_axes((left / width, bottom / height, side / width, side / height))
+            _draw(axes, cell, is_query=c == 0)
+    if title:
+        figure.text(gap / width, 1 - 0.5 * head / height, title, fontsize=11, va="center", color="#222222")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")
+    return path
+
+
+def html_page(template: str | os.PathLike, path: str | os.PathLike, **values: Any) -> Path:
+    """Fill a Jinja template into one HTML file.
+
+    In the template `picture(file)` gives the address of a PNG file with its content inside, so that the page needs no
+    other file; everything else is escaped.
+    """
+    template, path = Path(template), Path(path)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(template.parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.globals["picture"] = _data_uri
+    path.write_text(environment.get_template(template.name).render(**values), encoding="utf-8")
+    return path
+
+
+def _draw(axes: Any, cell: Cell, is_query: bool) -> None:
+    thumbnail = PIL.ImageOps.pad(
+        _on_white(cell.picture), (220, 220), method=PIL.Image.Resampling.LANCZOS, color="white"
+    )
+    axes.imshow(thumbnail, interpolation="none")
+    axes.set_axis_off()
+    colour, line = (_QUERY, 3.0) if is_query else (_SAME, 2.0) if cell.match else (_OTHER, 1.0)
+    axes.add_patch(
+        Rectangle((0, 0), 1, 1, transform=axes.transAxes, fill=False, edgecolor=colour, linewidth=line, clip_on=False)
+    )
+    axes.text(
+        *(0.5, -0.05, cell.caption),
+        transform=axes.transAxes,
+        ha="center",
+        va="top",
+        fontsize=7,
+        color=_QUERY if is_query else "#333333",
+        weight="bold" if is_query else "normal",
+        parse_math=False,
+    )
+
+
+def _on_white(picture: PIL.Image.Image) -> PIL.Image.Image:
+    picture = PIL.ImageOps.exif_transpose(picture)
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    layer = picture.convert("RGBA")
+    ground = PIL.Image.new("RGBA", layer.size, "white")
+    ground.alpha_composite(layer)
+    return ground.convert("RGB")
+
+
+def _data_uri(file: str | os.PathLike) -> str:
+    picture = io.BytesIO(Path(file).read_bytes())
+    return "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode()
+
+
+def _format(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
