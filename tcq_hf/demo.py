@@ -125,22 +125,22 @@ def run(demo: Demo, output: Path) -> Path:
     start = time.perf_counter()
     add_code_index(dataset, "codes", demo.model)
     save_index(dataset.get_index("codes").faiss_index, output / "index.faiss", model_id="model")
-    demo.done("index", f"FAISS IndexPQ on these codebooks, attached to the dataset: {output / 'index.faiss'}", start)
+    demo.done("index", "FAISS IndexPQ on these codebooks, attached to the dataset: index.faiss", start)
 
     start = time.perf_counter()
     queries = _choose_queries(dataset, demo.label_column, demo.seed)
     grid = picture_grid([_grid_row(demo, dataset, query) for query in queries], output / "grid.png")
-    demo.done("search", f"{len(queries)} queries drawn with their neighbours: {grid}", start)
+    demo.done("search", f"{len(queries)} queries drawn with their neighbours: grid.png", start)
 
     start = time.perf_counter()
     results, recipe = _measure(demo, dataset, features) if demo.label_column else ([], {})
     hub.save(demo.model, demo.processor, output / "model", results, recipe)
-    demo.done("model", f"weights, code, card and index.faiss as on the Hub: {output / 'model'}", start)
+    demo.done("model", "weights, code, card and index.faiss as on the Hub: model/", start)
 
     values = {"demo": demo, "config": config, "grid": grid, "results": results, "recipe": recipe}
     page = html_page(hub.assets() / "demo_page.html", output / "index.html", **values)
     print(f"\n{text_table(results)}\n" if results else "")
-    print(f"{demo.note}\nOpen {page}")
+    print(f"{demo.note}\nAll files are in {output}; open {page}")
     return page
 
 

@@ -1,6 +1,7 @@
 """The command line `tcq-hf`: one small file a command."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -13,10 +14,10 @@ from . import demo, encode, index, search
 _EPILOG = """\
 examples:
   tcq-hf demo                                               see it work on pictures that come with a package
-  tcq-hf encode --dataset pictures/ --backbone vit_small_patch14_dinov2.lvd142m \\
+  tcq-hf encode --dataset pictures/ --backbone vit_tiny_patch16_224 \\
       --save-model my-model --output codes.parquet          codes for your own pictures
   tcq-hf index --codes codes.parquet --model my-model --output index.faiss
-  tcq-hf search --dataset pictures/ --model my-model --index index.faiss --query cat.jpg --grid found.png
+  tcq-hf search --dataset pictures/ --model my-model --index index.faiss --query query.jpg --grid found.png
 
 exit codes: 0 done, 1 failed (the reason is on standard error), 2 wrong arguments, 130 interrupted
 """
@@ -37,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)
+    except BrokenPipeError:
+        # The reader of our output has left (head, less): Python must not complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (OSError, ValueError, RuntimeError, ImportError, TypeError, StrictDataclassError) as error:
         print(f"tcq-hf {arguments.command}: {error}", file=sys.stderr)
         return 1

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import torch
-from datasets import Dataset
+from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from .encoding import encode_pictures
 from .faiss_index import build_index, check_index_belongs
@@ -62,8 +62,13 @@ def attach_index(dataset: Dataset, index: Any, name: str) -> Dataset:
         raise ValueError(
             f"the index holds {index.ntotal} rows, the dataset {len(dataset)}: they do not belong together"
         )
-    nothing = np.zeros((0, index.d), dtype=np.float32)
-    dataset.add_faiss_index_from_external_arrays(nothing, index_name=name, custom_index=index)
+    nothing, shown = np.zeros((0, index.d), dtype=np.float32), not are_progress_bars_disabled()
+    disable_progress_bars()  # datasets would show one over the zero vectors
+    try:
+        dataset.add_faiss_index_from_external_arrays(nothing, index_name=name, custom_index=index)
+    finally:
+        if shown:
+            enable_progress_bars()
     return dataset
 
 
