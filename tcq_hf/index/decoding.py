@@ -1,7 +1,7 @@
 """Pictures of a dataset in, batches of `pixel_values` out, decoded in threads or worker processes."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,7 @@ class PictureBatch:
         errors: Message by position in `rows`.
     """
 
-    rows: list[int]
+    rows: Sequence[int]
     pixel_values: torch.Tensor | None
     errors: dict[int, str]
 
@@ -42,15 +42,15 @@ def raw_pictures(dataset: Dataset, column: str) -> Dataset:
     )
 
 
-def row_batches(rows: range, size: int) -> list[list[int]]:
+def row_batches(rows: range, size: int) -> list[range]:
     """Consecutive batches of row numbers."""
-    return [list(rows[start : start + size]) for start in range(0, len(rows), size)]
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def decoded_batches(
     pictures: Dataset,
     processor: "TCQImageProcessor",
-    batches: list[list[int]],
+    batches: list[range],
     num_workers: int,
     pin_memory: bool = False,
 ) -> Iterator[PictureBatch]:
@@ -73,7 +73,7 @@ def decoded_batches(
 
 
 def decode_batch(
-    processor: "TCQImageProcessor", pictures: list[Any], rows: list[int], threads: int | None = None
+    processor: "TCQImageProcessor", pictures: list[Any], rows: Sequence[int], threads: int | None = None
 ) -> PictureBatch:
     """Decode one batch, a slice of it in each thread (None: a thread a core); pictures that fail become messages."""
     step = -(-len(pictures) // (threads or os.cpu_count() or 1))
@@ -86,7 +86,7 @@ def decode_batch(
             parts = list(pool.map(read, slices))
     pixels = [values for values, _ in parts if values is not None]
     errors = {position: message for _, messages in parts for position, message in messages.items()}
-    return PictureBatch(list(rows), torch.from_numpy(np.concatenate(pixels)) if pixels else None, errors)
+    return PictureBatch(rows, torch.from_numpy(np.concatenate(pixels)) if pixels else None, errors)
 
 
 class _Pictures(torch.utils.data.Dataset):
@@ -96,7 +96,7 @@ class _Pictures(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def __getitems__(self, rows: list[int]) -> PictureBatch:
+    def __getitems__(self, rows: range) -> PictureBatch:
         column = self.pictures.column_names[0]
         threads = 1 if torch.utils.data.get_worker_info() else None
         return decode_batch(self.processor, self.pictures[rows][column], rows, threads)
@@ -111,7 +111,7 @@ def _read(
 ) -> tuple[np.ndarray | None, dict[int, str]]:
     """Decode together; where that fails, halve until the pictures at fault stand alone."""
     try:
-        return processor([pictures[position] for position in positions])["pixel_values"], {}
+        return processor([_opened(pictures[position]) for position in positions])["pixel_values"], {}
     except Exception as error:  # Pillow raises almost anything on damaged files
         if len(positions) == 1:
             place = _place(pictures[positions[0]])
@@ -120,6 +120,12 @@ def _read(
     halves = [_read(processor, pictures, positions[:middle]), _read(processor, pictures, positions[middle:])]
     pixels = [values for values, _ in halves if values is not None]
     return np.concatenate(pixels) if pixels else None, halves[0][1] | halves[1][1]
+
+
+def _opened(picture: Any) -> Any:
+    """The picture itself, or, where a streamed dataset names it by an address, what `datasets` reads from there."""
+    remote = isinstance(picture, dict) and picture.get("bytes") is None and "://" in (picture.get("path") or "")
+    return Image().decode_example(picture) if remote else picture
 
 
 def _place(picture: Any) -> str:

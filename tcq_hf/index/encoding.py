@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from datasets.utils import tqdm
@@ -162,7 +163,7 @@ class _Job:
         finally:
             self.model.train(training)
 
-    def stream(self, pictures: Dataset, batches: list[list[int]]) -> Iterator[PictureBatch]:
+    def stream(self, pictures: Dataset, batches: list[range]) -> Iterator[PictureBatch]:
         pin_memory = self.model.device.type == "cuda"
         return decoded_batches(pictures, self.processor, batches, self.num_workers, pin_memory)
 
@@ -185,13 +186,13 @@ def _encode_table(dataset: Dataset, job: _Job, columns: dict[str, Any], on_error
     if missing:
         _encode_chunks(pictures, missing, job, Features({**columns, _ERROR: Value("string")}), on_error, len(dataset))
     encoded = datasets.concatenate_datasets([Dataset.from_file(str(path)) for path in paths])
-    messages = encoded.with_format("arrow")[_ERROR][:]
-    bad = {row: message.as_py() for row, message in enumerate(messages) if message.is_valid}
-    _report_skipped([_refuse(row, message, on_error) for row, message in bad.items()])
+    messages = encoded.data.column(_ERROR)
+    bad = pc.indices_nonzero(pc.is_valid(messages)).to_pylist()
+    _report_skipped([_refuse(row, messages[row].as_py(), on_error) for row in bad])
     shape = dataset.format
     encoded = datasets.concatenate_datasets([dataset.with_format(None), encoded.remove_columns(_ERROR)], axis=1)
     if bad:
-        encoded = encoded.select([row for row in range(len(dataset)) if row not in bad])
+        encoded = encoded.select(np.setdiff1d(np.arange(len(dataset)), bad))
     return encoded.with_format(shape["type"], **shape["format_kwargs"]) if shape["type"] else encoded
 
 
@@ -277,7 +278,7 @@ def _encode_rows(
     with job.inference():
         found = job.encode(batch.pixel_values)
     _check_finite(found["embedding"], [indices[position] for position in good])
-    return kept | {name: list(found[name]) for name in names}
+    return kept | {name: found[name].tolist() for name in names}
 
 
 def _check_dataset(dataset: Any, image_column: str) -> None:

@@ -81,11 +81,9 @@ def add_codes(index: faiss.IndexPQ, codes: Any) -> None:
         raise ValueError(f"codes must have shape [N, {num_codebooks}], got {list(codes.shape)}")
     if codes.dtype.kind not in "iu":
         raise TypeError(f"codes must be integers, got {codes.dtype}; floats go through index.add(embeddings)")
-    if not (codes.dtype == np.uint8 and num_bits == 8):
-        wrong = (codes < 0) | (codes >= 1 << num_bits)
-        if wrong.any():
-            row, book = np.argwhere(wrong)[0]
-            raise ValueError(f"codes must be below codebook_size={1 << num_bits}, got {codes[row, book]} in row {row}")
+    if codes.size and not 0 <= codes.min() <= codes.max() < 1 << num_bits:
+        row, book = np.argwhere((codes < 0) | (codes >= 1 << num_bits))[0]
+        raise ValueError(f"codes must be below codebook_size={1 << num_bits}, got {codes[row, book]} in row {row}")
     for start in range(0, len(codes), _BLOCK_ROWS):
         index.add_sa_codes(_pack(codes[start : start + _BLOCK_ROWS], num_bits))
 
@@ -308,6 +306,9 @@ def _check_vectors(vectors: Any, width: int, name: str) -> np.ndarray:
 def _pack(codes: np.ndarray, num_bits: int) -> np.ndarray:
     if num_bits == 8:
         return np.ascontiguousarray(codes, dtype=np.uint8)
+    if num_bits == 4 and codes.shape[1] % 2 == 0:  # as pack_bitstrings does, many times faster
+        low, high = codes[:, 0::2].astype(np.uint8), codes[:, 1::2].astype(np.uint8)
+        return np.ascontiguousarray(low | high << 4)
     return faiss.pack_bitstrings(np.ascontiguousarray(codes, dtype=np.int32), num_bits)
 
 

@@ -1,0 +1,213 @@
+"""The command line, run in-process on real files."""
+
+import json
+import shutil
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from tcq_hf import TCQImageProcessor, TCQModel, add_code_index, encode_dataset, extract_features, hub, search
+from tcq_hf.cli import main
+from tcq_hf.cli.inputs import load_pictures
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory, picture_folder, tiny_config, processor):
+    """A folder with pictures, a saved model, codes and an index made by the command line itself."""
+    place = tmp_path_factory.mktemp("cli")
+    shutil.copytree(picture_folder, place / "pictures")
+    torch.manual_seed(0)
+    model = TCQModel(tiny_config)
+    model.initialize(extract_features(load_pictures(str(place / "pictures")), model, processor))
+    hub.save(model, processor, place / "model")
+    assert main([*encode_command(place), "--output", str(place / "codes.parquet"), "--embeddings"]) == 0
+    index = ["index", "--codes", str(place / "codes.parquet"), "--model", str(place / "model")]
+    assert main([*index, "--output", str(place / "index.faiss")]) == 0
+    return place
+
+
+def encode_command(place):
+    return ["encode", "--dataset", str(place / "pictures"), "--model", str(place / "model")]
+
+
+def search_command(place):
+    return ["search", "--dataset", str(place / "pictures"), "--model", str(place / "model"), "--k", "4"]
+
+
+def found_in_python(place, query, left_out=()):
+    """What the Python interface finds, with the same model."""
+    model, processor = TCQModel.from_pretrained(place / "model"), TCQImageProcessor.from_pretrained(place / "model")
+    dataset = load_pictures(str(place / "pictures"))
+    dataset = dataset.add_column("number", range(len(dataset)))
+    dataset = dataset.select([row for row in range(len(dataset)) if row not in left_out])
+    dataset = add_code_index(encode_dataset(dataset, model, processor), "codes", model)
+    return search(dataset, query, model, processor, k=4)
+
+
+def table(printed):
+    """Rows of a printed table as lists of cells."""
+    return [line.split() for line in printed.splitlines() if line[:4].strip().isdigit()]
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["encode"], ["index"], ["search"]])
+def test_help_shows_examples(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    assert stop.value.code == 0
+    assert "examples:\n  tcq-hf" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "wrong", [[], ["nonsense"], ["encode"], ["search", "--dataset", "x", "--model", "y"], ["demo", "--bits", "many"]]
+)
+def test_wrong_arguments_exit_with_2(capsys, wrong):
+    with pytest.raises(SystemExit) as stop:
+        main(wrong)
+    assert stop.value.code == 2
+    assert "usage: tcq-hf" in capsys.readouterr().err
+
+
+def test_encode_writes_codes_with_rows_and_the_other_columns(workplace):
+    table = datasets.load_dataset("parquet", data_files=str(workplace / "codes.parquet"), split="train")
+    assert set(table.column_names) == {"label", "row", "codes", "embedding"}
+    assert table["row"][:] == list(range(32))
+    assert table.features["codes"].length == 4
+
+
+def test_encode_to_numpy_is_the_same(workplace, tmp_path):
+    assert main([*encode_command(workplace), "--output", str(tmp_path / "codes.npy")]) == 0
+    codes = np.load(tmp_path / "codes.npy")
+    table = datasets.load_dataset("parquet", data_files=str(workplace / "codes.parquet"), split="train")
+    np.testing.assert_array_equal(codes, np.asarray(table["codes"][:]))
+    assert codes.dtype == np.uint8
+
+
+def test_index_keeps_the_recipe(workplace):
+    recipe = json.loads((workplace / "index.faiss.json").read_text())
+    assert (recipe["count"], recipe["num_codebooks"], recipe["model"]) == (32, 4, str(workplace / "model"))
+
+
+def test_search_agrees_whatever_the_codes_come_from(workplace, capsys):
+    query = ["--query", str(workplace / "pictures" / "odd" / "05.png")]
+    printed = []
+    for source in ([], ["--codes", str(workplace / "codes.parquet")], ["--index", str(workplace / "index.faiss")]):
+        assert main([*search_command(workplace), *source, *query]) == 0
+        printed.append(table(capsys.readouterr().out))
+    assert printed[0] == printed[1] == printed[2]
+    assert len(printed[0]) == 4
+    expected = found_in_python(workplace, str(workplace / "pictures" / "odd" / "05.png"))
+    for (rank, row, score, similarity, label, file), (i, wanted) in zip(
+        printed[0], enumerate(expected, 1), strict=True
+    ):
+        assert (int(rank), int(row)) == (i, wanted["row"])
+        assert float(score) == pytest.approx(wanted["score"], abs=1e-4)
+        assert float(similarity) == pytest.approx(wanted["similarity"], abs=1e-4)
+        assert label == ("even", "odd")[wanted["label"]]
+        assert file == wanted["image"].filename
+
+
+def test_search_by_row_draws_a_grid(workplace, capsys, tmp_path):
+    grid = tmp_path / "grid.png"
+    assert main([*search_command(workplace), "--row", "3", "9", "--grid", str(grid)]) == 0
+    printed = capsys.readouterr().out
+    assert "row 3" in printed
+    assert "row 9" in printed
+    drawn = PIL.Image.open(grid)
+    assert drawn.width > drawn.height > 200
+
+
+def test_skipped_pictures_keep_the_row_numbers(workplace, tmp_path, capsys, caplog):
+    folder = tmp_path / "pictures"
+    shutil.copytree(workplace / "pictures", folder)
+    (folder / "even" / "02.png").write_text("no picture at all")
+    encode = ["encode", "--dataset", str(folder), "--model", str(workplace / "model")]
+    codes = str(tmp_path / "codes.parquet")
+    assert main([*encode, "--output", codes]) == 1
+    assert "row 1" in capsys.readouterr().err
+    assert main([*encode, "--output", codes, "--on-error", "skip"]) == 0
+    assert "31 of 32 pictures" in capsys.readouterr().out
+    assert "02.png" in caplog.text
+    expected = found_in_python(workplace, 8, left_out=[1])
+    asked = ["search", "--dataset", str(folder), "--model", str(workplace / "model"), "--k", "4"]
+    for source in (["--codes", codes], ["--on-error", "skip"]):
+        assert main([*asked, *source, "--row", "9"]) == 0
+        assert [int(line[1]) for line in table(capsys.readouterr().out)] == [row["number"] for row in expected]
+        assert main([*asked, *source, "--row", "1"]) == 1
+        assert "--row 1" in capsys.readouterr().err
+    index = str(tmp_path / "index.faiss")
+    assert main(["index", "--codes", codes, "--model", str(workplace / "model"), "--output", index]) == 0
+    assert main([*asked, "--index", index, "--row", "9"]) == 1
+    assert "31 rows, the dataset 32" in capsys.readouterr().err
+
+
+def test_datasets_of_every_kind(workplace, tmp_path, capsys, pictures):
+    model = ["--model", str(workplace / "model")]
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i, picture in enumerate(pictures[:5]):
+        picture.save(flat / f"{i}.jpg")
+    loaded = datasets.load_dataset("imagefolder", data_dir=str(flat), split="train")
+    loaded.save_to_disk(str(tmp_path / "saved"))
+    loaded.to_parquet(str(tmp_path / "pictures.parquet"))
+    (tmp_path / "repository" / "data").mkdir(parents=True)
+    shutil.copy(tmp_path / "pictures.parquet", tmp_path / "repository" / "data" / "train-00000-of-00001.parquet")
+    shutil.copy(tmp_path / "pictures.parquet", tmp_path / "repository" / "data" / "test-00000-of-00001.parquet")
+    found = []
+    for name in ("flat", "saved", "pictures.parquet"):
+        assert main(["encode", "--dataset", str(tmp_path / name), *model, "--output", str(tmp_path / "c.npy")]) == 0
+        found.append(np.load(tmp_path / "c.npy"))
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[0], found[2])
+    several = ["encode", "--dataset", str(tmp_path / "repository"), *model, "--output", str(tmp_path / "c.npy")]
+    assert main(several) == 1
+    assert "--split" in capsys.readouterr().err
+    assert main([*several, "--split", "train+test"]) == 0
+    assert len(np.load(tmp_path / "c.npy")) == 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset", "./nowhere"], "no folder or file ./nowhere"),
+        (["--dataset", "EMPTY"], "is empty"),
+        (["--dataset", "nobody/nothing"], "nobody/nothing"),
+        (["--dataset", "PICTURES", "--image-column", "photo"], "no column 'photo'"),
+        (["--dataset", "PICTURES", "--output", "codes.txt"], ".parquet or .npy"),
+        (["--dataset", "PICTURES", "--model", "./no-model"], "no-model"),
+        (["--dataset", "PICTURES", "--batch-size", "0"], "batch_size"),
+        (["--dataset", "MODEL"], "MODEL"),
+    ],
+)
+def test_failures_exit_with_1_and_say_why(workplace, tmp_path, capsys, arguments, message):
+    (tmp_path / "empty").mkdir()
+    names = {"EMPTY": tmp_path / "empty", "PICTURES": workplace / "pictures", "MODEL": workplace / "model"}
+    arguments = [str(names.get(argument, argument)) for argument in arguments]
+    defaults = ["--model", str(workplace / "model"), "--output", str(tmp_path / "codes.npy")]
+    assert main(["encode", *defaults, *arguments]) == 1
+    error = capsys.readouterr().err
+    assert "tcq-hf encode: " in error.splitlines()[-1]
+    assert str(names.get(message, message)) in error
+    assert "Traceback" not in error
+
+
+def test_new_model_needs_a_place_and_enough_pictures(workplace, tmp_path, capsys):
+    encode = ["encode", "--dataset", str(workplace / "pictures"), "--backbone", "test_vit", "--output", "c.npy"]
+    assert main(encode) == 1
+    assert "--save-model" in capsys.readouterr().err
+    assert main([*encode, "--save-model", str(tmp_path / "m"), "--bits", "12"]) == 1
+    assert "--bits must be a positive multiple of 8, got 12" in capsys.readouterr().err
+
+
+def test_index_of_another_model_is_refused(workplace, tmp_path, capsys, model, processor):
+    hub.save(model, processor, tmp_path / "other")
+    asked = ["search", "--dataset", str(workplace / "pictures"), "--model", str(tmp_path / "other"), "--row", "0"]
+    assert main([*asked, "--index", str(workplace / "index.faiss")]) == 1
+    assert "another model" in capsys.readouterr().err
+
+
+def test_k_larger_than_the_index(workplace, capsys):
+    assert main([*search_command(workplace), "--row", "0", "--k", "33"]) == 1
+    assert "k must be from 1 to 32" in capsys.readouterr().err

@@ -1,0 +1,65 @@
+"""Tables, picture grids and the HTML page."""
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from tcq_hf.evaluation.report import Cell, html_page, picture_grid, text_table
+
+ROWS = [{"name": "a", "mAP": 0.5, "rows": 12}, {"name": "longer", "mAP": 0.12345, "rows": 3}]
+
+
+def test_text_table_aligns_text_left_and_numbers_right():
+    assert text_table(ROWS).splitlines() == [
+        "name       mAP  rows",
+        "------  ------  ----",
+        "a       0.5000    12",
+        "longer  0.1235     3",
+    ]
+    assert text_table([]) == ""
+
+
+def test_grid_shows_each_picture_at_its_place(tmp_path):
+    colours = [[(200, 30, 30), (30, 200, 30)], [(30, 30, 200), (200, 200, 30), (90, 10, 120)]]
+    rows = [[Cell(PIL.Image.new("RGB", (50, 50), colour)) for colour in row] for row in colours]
+    drawn = np.asarray(PIL.Image.open(picture_grid(rows, tmp_path / "deep" / "grid.png")).convert("RGB"))
+    places = {}
+    for row in colours:
+        for colour in row:
+            y, x = np.nonzero((drawn == colour).all(axis=2))
+            assert len(x) > 10_000
+            places[colour] = (y.mean(), x.mean())
+    above, below = colours
+    assert places[above[0]][0] < places[below[0]][0]
+    assert places[above[0]][1] < places[above[1]][1]
+    assert places[below[0]][1] < places[below[1]][1] < places[below[2]][1]
+
+
+@pytest.mark.parametrize(
+    ("match", "colour"), [(True, (46, 139, 87)), (False, (200, 200, 200)), (None, (200, 200, 200))]
+)
+def test_grid_frames_tell_a_match(tmp_path, match, colour):
+    white = PIL.Image.new("RGB", (20, 20), "white")
+    drawn = PIL.Image.open(picture_grid([[Cell(white), Cell(white, "$1 $2", match)]], tmp_path / "g.png")).convert(
+        "RGB"
+    )
+    found = set(drawn.get_flattened_data())
+    assert colour in found
+    assert (31, 78, 140) in found
+
+
+def test_grid_takes_any_mode_and_refuses_nothing(tmp_path):
+    modes = [PIL.Image.new(mode, (30, 10)) for mode in ("L", "RGBA", "P", "CMYK", "1", "LA")]
+    assert picture_grid([[Cell(picture, picture.mode) for picture in modes]], tmp_path / "g.png").stat().st_size > 1000
+    for rows in ([], [[]], [[Cell(modes[0])], []]):
+        with pytest.raises(ValueError, match="at least one"):
+            picture_grid(rows, tmp_path / "h.png")
+    assert not (tmp_path / "h.png").exists()
+
+
+def test_page_holds_its_pictures_and_escapes(tmp_path):
+    PIL.Image.new("RGB", (4, 4)).save(tmp_path / "p.png")
+    (tmp_path / "t.html").write_text("<img src='{{ picture(file) }}'>{{ words }}")
+    page = html_page(tmp_path / "t.html", tmp_path / "o.html", file=tmp_path / "p.png", words="<b>&").read_text()
+    assert page.startswith("<img src='data:image/png;base64,iVBOR")
+    assert page.endswith("&lt;b&gt;&amp;")
