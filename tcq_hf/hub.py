@@ -70,7 +70,7 @@ def push(
     token: str | None = None,
     commit_message: str = "Upload TCQModel",
 ) -> str:
-    """Upload what [`save`][tcq_hf.hub.save] writes to a Hub repository, which is created if need be.
+    """Upload what `save` writes to a Hub repository, which is created if need be.
 
     Args:
         model: The model.

@@ -53,12 +53,13 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError("--backbone starts a new model: say with --save-model DIR where to keep it")
     dataset = inputs.load_pictures(arguments.dataset, arguments.split)
     column = inputs.image_column(dataset, arguments.image_column)
+    if "row" in dataset.column_names:
+        raise ValueError("the dataset has a column 'row', which the file of codes needs for its own; rename it")
     options = {"image_column": column, **inputs.encoding_options(arguments)}
     if arguments.model:
         model, processor = inputs.load_model(arguments.model)
     else:
         model, processor = _new_model(arguments, dataset, options)
-    dataset = dataset.remove_columns([name for name in ("row",) if name in dataset.column_names])
     numbered = dataset.add_column("row", np.arange(len(dataset)))
     encoded = encode_dataset(numbered, model, processor, embeddings=arguments.embeddings, **options)
     with written_aside(output) as aside:

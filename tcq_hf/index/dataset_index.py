@@ -41,7 +41,7 @@ def add_code_index(dataset: Dataset, column: str, model: "TCQModel", name: str |
     Attach last: `datasets` refuses to shuffle, select or filter a dataset that has an index.
 
     Args:
-        dataset: A dataset from [`encode_dataset`][tcq_hf.encode_dataset].
+        dataset: A dataset from `encode_dataset`.
         column: The codes column.
         model: The model (or codebooks `[M, K, d]`) that made the codes.
         name: Name of the index; the column's by default.

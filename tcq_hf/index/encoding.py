@@ -51,7 +51,7 @@ def encode_dataset(
 
     Args:
         dataset: Rows with pictures, of one split.
-        model: A [`TCQModel`][tcq_hf.TCQModel]; its training mode is left as it was.
+        model: A `TCQModel`; its training mode is left as it was.
         processor: Its image processor.
         image_column: Column of images: the `Image` feature, paths or encoded bytes.
         embeddings: Add the `embedding` column too.
@@ -98,9 +98,9 @@ def extract_features(
     dtype: torch.dtype | None = None,
     on_error: Literal["raise", "skip"] = "raise",
 ) -> np.ndarray:
-    """Backbone features of every picture: what [`TCQModel.initialize`][tcq_hf.TCQModel.initialize] learns from.
+    """Backbone features of every picture: what `TCQModel.initialize` learns from.
 
-    Arguments are those of [`encode_dataset`][tcq_hf.encode_dataset]. A few thousand random pictures suffice:
+    Arguments are those of `encode_dataset`. A few thousand random pictures suffice:
     `dataset.shuffle(seed=0).take(20_000)`.
 
     Returns:

@@ -122,9 +122,9 @@ def save_index(index: faiss.Index, path: str | os.PathLike, model_id: str | None
     Raises:
         OSError: If the disk refuses the file; what was there before is kept.
     """
-    codebooks = index_codebooks(index)
-    if codebooks is None:
+    if not isinstance(index, faiss.IndexPQ):
         raise TypeError(f"only an index from build_index can be saved, got {type(index).__name__}; keep the CPU index")
+    codebooks = index_codebooks(index)
     path = Path(path)
     with written_aside(path) as aside:
         try:

@@ -55,12 +55,12 @@ def timm_defaults(backbone: str) -> PretrainedCfg:
 
 @strict
 class TCQConfig(PreTrainedConfig):
-    """Configuration of a [`TCQModel`]: a timm backbone, a linear projection and M codebooks of K unit-norm codewords.
+    """Configuration of a `TCQModel`: a timm backbone, a linear projection and M codebooks of K unit-norm codewords.
 
     Fields are keyword-only. `embedding_dim` is D, `num_codebooks` M, `codebook_size` K; one image costs
     `code_bytes` = ceil(M log2 K / 8) bytes.
 
-    Args:
+    Attributes:
         backbone: A timm model name, optionally with a pretrained tag.
         backbone_kwargs: Further keyword arguments of `timm.create_model`.
         pooling: `"token"` takes the class token, `"avg"` the mean of the patch tokens, `None` what timm does for this
@@ -70,7 +70,7 @@ class TCQConfig(PreTrainedConfig):
         embedding_dim: Width D of the embedding, a multiple of `num_codebooks`.
         num_codebooks: Number M of sub-spaces.
         codebook_size: Codewords K in one codebook, a power of two from 2 to 256.
-        softmax_scale: Scale alpha of the soft assignment softmax(alpha <z, c>).
+        softmax_scale: Scale alpha of the soft assignment `softmax(alpha <z, c>)`.
 
     Raises:
         ValueError: For an unknown or misspelt field.

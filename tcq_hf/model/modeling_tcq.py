@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.models import load_state_dict
 from torch import nn
 from transformers import PreTrainedModel
@@ -22,7 +23,7 @@ from .quantization_tcq import ProductQuantizer
 class TCQOutput(ModelOutput):
     """Everything that one forward pass gives, for a batch of N images.
 
-    Args:
+    Attributes:
         embeddings: float32 `[N, D]`, each of the M sub-vectors of unit norm.
         codes: uint8 `[N, M]`, the nearest codeword of each sub-vector.
         reconstruction: float32 `[N, D]`, the chosen codewords, concatenated.
@@ -38,11 +39,11 @@ class TCQOutput(ModelOutput):
 class TCQModel(PreTrainedModel):
     """A timm backbone, a linear projection and a product quantizer.
 
-    `TCQModel(config)` has random weights; [`from_timm`][TCQModel.from_timm] starts from a pretrained backbone,
-    [`initialize`][TCQModel.initialize] sets projection and codebooks from a set of pictures.
+    `TCQModel(config)` has random weights; `from_timm` starts from a pretrained backbone,
+    `initialize` sets projection and codebooks from a set of pictures.
 
     Args:
-        config: A [`TCQConfig`].
+        config: A `TCQConfig`.
 
     Raises:
         ValueError: If the backbone refuses `backbone_kwargs` or cannot pool as the config asks.
@@ -77,11 +78,11 @@ class TCQModel(PreTrainedModel):
         """Encode images, or backbone features that were computed before.
 
         Args:
-            pixel_values: `[N, C, image_size, image_size]`, normalised by [`TCQImageProcessor`].
-            features: `[N, F]`, from [`get_image_features`][TCQModel.get_image_features], instead of `pixel_values`.
+            pixel_values: `[N, C, image_size, image_size]`, normalised by `TCQImageProcessor`.
+            features: `[N, F]`, from `get_image_features`, instead of `pixel_values`.
 
         Returns:
-            A [`TCQOutput`] whose tensors are float32 (codes uint8) whatever the dtype of the backbone.
+            A `TCQOutput` whose tensors are float32 (codes uint8) whatever the dtype of the backbone.
 
         Raises:
             ValueError: Unless exactly one input is given, in the expected shape.
@@ -119,6 +120,20 @@ class TCQModel(PreTrainedModel):
         return tokens[:, 0] if self.config.pooling == "token" else tokens[:, self.backbone.num_prefix_tokens :].mean(1)
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> "TCQModel":
+        """Load a saved model from a folder or the Hub, as every transformers model.
+
+        Raises:
+            OSError: If there is no such model or its weights are damaged, naming it.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"model.safetensors of {pretrained_model_name_or_path} is damaged ({error}); save or download it again"
+            ) from error
+
+    @classmethod
     def from_timm(cls, name: str, weights: str | os.PathLike | None = None, **config: Any) -> "TCQModel":
         """A model whose backbone has pretrained timm weights, bit-exact; projection and codebooks are random.
 
@@ -126,7 +141,7 @@ class TCQModel(PreTrainedModel):
             name: A timm model name; its tag chooses the weights.
             weights: A local safetensors file with timm's keys (a classifier in it is left out). `None` lets timm
                 fetch the weights from the Hub or its cache.
-            **config: Fields of [`TCQConfig`].
+            **config: Fields of `TCQConfig`.
 
         Raises:
             FileNotFoundError: If `weights` does not exist.
@@ -260,8 +275,9 @@ def _create_from_file(name: str, weights: Path, arguments: dict[str, Any]) -> nn
     except Exception as error:
         raise ValueError(f"weights file {weights} is damaged or no safetensors file: {error}") from error
     classifier = timm_defaults(name).classifier or ()
-    heads = tuple(f"{head}." for head in ([classifier] if isinstance(classifier, str) else classifier))
-    state = {key: value for key, value in state.items() if not key.startswith(heads)} if heads else state
+    for head in [classifier] if isinstance(classifier, str) else classifier:
+        state.pop(f"{head}.weight", None)
+        state.pop(f"{head}.bias", None)
     # With equal class counts on both sides timm loads strictly; otherwise it would only log what does not fit.
     overlay = {"state_dict": state, "num_classes": 0, "label_offset": 0, "custom_load": False}
     try:

@@ -18,7 +18,7 @@ class ProductQuantizer(nn.Module):
     """M codebooks of K trainable codewords on the unit sphere of R^d.
 
     Everything runs in float32 with autocast off, whatever the dtype of the model. `codebooks` holds the free
-    parameters; every result uses [`normalized_codebooks`][ProductQuantizer.normalized_codebooks].
+    parameters; every result uses `normalized_codebooks`.
 
     Args:
         num_codebooks: M.
