@@ -45,7 +45,7 @@ def imports(name, source):
     found = set()
     for node in ast.walk(tree):
         for target in targets(node, ["tcq_hf", *name.split(".")][:-1]):
-            if target == "tcq_hf" or target.startswith("tcq_hf."):
+            if target.split(".")[0] == "tcq_hf" and (target != "tcq_hf.__version__" or name.startswith("model.")):
                 found.add((target.removeprefix("tcq_hf").lstrip("."), id(node) in guarded))
     return found
 

@@ -47,13 +47,15 @@ def run(arguments: argparse.Namespace) -> None:
     model, processor = inputs.load_model(arguments.model)
     dataset = inputs.load_pictures(arguments.dataset, arguments.split)
     column, label = inputs.image_column(dataset, arguments.image_column), inputs.label_column(dataset)
+    pictures = raw_pictures(dataset, column)
     dataset, numbers = _with_index(arguments, dataset, model, processor, column)
     grid = []
     for query in arguments.query or arguments.row:
         asked = query if isinstance(query, str) else _position(query, numbers)
         found = find(dataset, asked, model, processor, k=arguments.k, image_column=column)
         print(f"{'' if isinstance(query, str) else 'row '}{query}")
-        print(text_table(_lines(found, numbers, _names(dataset, label), label, _paths(dataset, found, column))), "\n")
+        paths = _paths(pictures, [int(numbers[row["row"]]) for row in found])
+        print(text_table(_lines(found, numbers, _names(dataset, label), label, paths)), "\n")
         picture = query if isinstance(query, str) else dataset[asked][column]
         cells = [_cell(row, _names(dataset, label), label, column) for row in found]
         grid.append([Cell(processor.process_image(picture), Path(str(query)).name), *cells])
@@ -96,10 +98,10 @@ def _names(dataset: Dataset, label: str | None) -> list[str]:
     return dataset.features[label].names if label else []
 
 
-def _paths(dataset: Dataset, found: list[dict], column: str) -> list[str]:
-    """File names of the rows found, where the dataset knows them."""
-    pictures = raw_pictures(dataset.select_columns([column]), column)[[row["row"] for row in found]][column]
-    return [(picture.get("path") if isinstance(picture, dict) else None) or "" for picture in pictures]
+def _paths(pictures: Dataset, numbers: list[int]) -> list[str]:
+    """File names of rows, where the dataset knows them."""
+    rows = pictures[numbers][pictures.column_names[0]]
+    return [(picture.get("path") if isinstance(picture, dict) else None) or "" for picture in rows]
 
 
 def _lines(

@@ -82,6 +82,6 @@ def _local_paths(pictures: Dataset, start: int, stop: int) -> Iterator[str]:
     for chunk in column.chunks:
         if pa.types.is_struct(chunk.type):
             chunk = chunk.field("path").filter(chunk.field("bytes").is_null())
-        elif not pa.types.is_string(chunk.type):
+        elif not (pa.types.is_string(chunk.type) or pa.types.is_large_string(chunk.type)):
             continue
         yield from (path for path in chunk.to_pylist() if path)

@@ -28,10 +28,12 @@ def codes_array(dataset: Dataset, column: str = "codes") -> np.ndarray:
     values = dataset.select_columns([column]).with_format("arrow")[:].column(0)
     if not pa.types.is_fixed_size_list(values.type) or values.type.value_type != pa.uint8():
         raise ValueError(f"column {column!r} must be List(Value('uint8'), length=M), got {dataset.features[column]}")
+    width, parts = values.type.list_size, [chunk.flatten() for chunk in values.chunks]
     if values.null_count:
         raise ValueError(f"column {column!r} has {values.null_count} rows without a code")
-    width = values.type.list_size
-    chunks = [chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, width) for chunk in values.chunks]
+    if any(part.null_count for part in parts):
+        raise ValueError(f"column {column!r} has codes with missing values")
+    chunks = [part.to_numpy().reshape(-1, width) for part in parts]
     return np.concatenate(chunks) if chunks else np.empty((0, width), np.uint8)
 
 
@@ -113,7 +115,8 @@ def search(
     embedding = _embedding(dataset, query, model, processor, image_column)
     scores, rows = dataset.search(index_name, embedding, k=k)
     found = [(int(row), float(score)) for row, score in zip(rows, scores, strict=True) if row >= 0]
-    table = dataset[[row for row, _ in found]]
+    with dataset.formatted_as(None):
+        table = dataset[[row for row, _ in found]]
     return [
         {name: values[i] for name, values in table.items()}
         | {"row": row, "score": score, "similarity": score / model.config.num_codebooks}
@@ -135,8 +138,10 @@ def _index_name(dataset: Dataset, index_name: str | None) -> str:
 def _embedding(
     dataset: Dataset, query: Any, model: "TCQModel", processor: "TCQImageProcessor | None", image_column: str
 ) -> np.ndarray:
+    if isinstance(query, (list, tuple)) or getattr(query, "ndim", 0) == 4:
+        raise TypeError("query must be one picture, row or embedding; call search() once for each of several")
     if isinstance(query, torch.Tensor):
-        query = query.detach().cpu().numpy()
+        query = (query.float() if query.is_floating_point() else query).detach().cpu().numpy()
     if isinstance(query, np.ndarray) and query.dtype.kind == "f":
         return _check_embedding(query, model)
     if processor is None:
@@ -144,7 +149,8 @@ def _embedding(
     if isinstance(query, (int, np.integer)):
         if not 0 <= query < len(dataset):
             raise ValueError(f"query row must be from 0 to {len(dataset) - 1}, got {query}")
-        query = dataset[int(query)]
+        with dataset.formatted_as(None):
+            query = dataset[int(query)]
     if isinstance(query, Mapping) and image_column in query:
         query = query[image_column]
     if isinstance(query, (str, os.PathLike)) and not str(query).startswith(("http://", "https://")):

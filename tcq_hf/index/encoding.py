@@ -44,10 +44,10 @@ def encode_dataset(
 ) -> Dataset | IterableDataset:
     """Add a column `codes`, uint8 `[M]`, and on request `embedding`, float32 `[D]`, to a dataset of pictures.
 
-    A `Dataset` is encoded now. Finished parts of 8,192 rows
-    are kept in the `datasets` cache, keyed by weights, codebooks, processor and data (for files also their size and
-    time), so an interrupted call goes on where it stopped and a repeated one reads. An `IterableDataset` comes back as
-    one, encoded as it is read (pictures are then decoded in threads only). Memory does not grow with the rows.
+    A `Dataset` is encoded now. Finished parts of 8,192 rows are kept in the `datasets` cache, keyed by weights,
+    codebooks, processor and data (for files also their size and time), so an interrupted call goes on where it stopped
+    and a repeated one reads. An `IterableDataset` comes back as one, encoded as it is read (pictures are then decoded
+    in threads only). Memory does not grow with the number of rows.
 
     Args:
         dataset: Rows with pictures, of one split.
@@ -75,16 +75,14 @@ def encode_dataset(
     taken = set(names) & set(dataset.column_names or ())
     if taken:
         raise ValueError(f"the dataset has a column {sorted(taken)[0]!r} already; remove it first")
-    if on_error not in ("raise", "skip"):
-        raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
     config = model.config
     columns = {"codes": List(Value("uint8"), length=config.num_codebooks)}
     if embeddings:
         columns["embedding"] = List(Value("float32"), length=config.embedding_dim)
-    job = _Job(model, processor, image_column, batch_size, num_workers, device, dtype)
+    job = _Job(model, processor, image_column, batch_size, num_workers, device, dtype, on_error)
     if isinstance(dataset, IterableDataset):
-        return _encode_iterable(dataset, job, columns, on_error)
-    return _encode_table(dataset, job, columns, on_error)
+        return _encode_iterable(dataset, job, columns)
+    return _encode_table(dataset, job, columns)
 
 
 def extract_features(
@@ -109,13 +107,13 @@ def extract_features(
     _check_dataset(dataset, image_column)
     if not isinstance(dataset, Dataset):
         raise TypeError("extract_features needs a Dataset; take a part of an IterableDataset into one first")
-    job = _Job(model, processor, image_column, batch_size, num_workers, device, dtype)
+    job = _Job(model, processor, image_column, batch_size, num_workers, device, dtype, on_error)
     pictures = raw_pictures(dataset, image_column)
     parts, skipped = [], []
     with tqdm(total=len(dataset), unit="img", desc="Extracting features") as bar:
         for batch in job.stream(pictures, row_batches(range(len(dataset)), batch_size)):
             for position, message in batch.errors.items():
-                skipped.append(_refuse(batch.rows[position], message, on_error))
+                skipped.append(job.refuse(batch.rows[position], message))
             if batch.pixel_values is not None:
                 with job.inference():
                     parts.append(model.get_image_features(batch.pixel_values.to(model.device)).float().cpu().numpy())
@@ -126,7 +124,7 @@ def extract_features(
 
 def encode_pictures(model: "TCQModel", processor: "TCQImageProcessor", pictures: Any) -> np.ndarray:
     """Embeddings float32 `[N, D]` of a picture or a list of pictures of any kind that the processor takes."""
-    job = _Job(model, processor, "", 1, 0, device=None, dtype=None)
+    job = _Job(model, processor, "", 1, 0, device=None, dtype=None, on_error="raise")
     pixel_values = processor(pictures, return_tensors="pt")["pixel_values"]
     with job.inference():
         return job.encode(pixel_values)["embedding"]
@@ -141,10 +139,15 @@ class _Job:
     num_workers: int | None
     device: str | torch.device | None
     dtype: torch.dtype | None
+    on_error: str
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        if self.on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error must be 'raise' or 'skip', got {self.on_error!r}")
+        if self.num_workers is not None and self.num_workers < 0:
+            raise ValueError(f"num_workers must be at least 0, got {self.num_workers}")
         if self.device is not None:
             self.model.to(self.device)
         if self.num_workers is None:
@@ -153,29 +156,39 @@ class _Job:
 
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """Evaluation mode without gradients; the model's own mode comes back afterwards."""
-        training = self.model.training
+        """Evaluation mode without gradients; each module's own mode comes back afterwards."""
+        # A frozen backbone may stand in evaluation mode while the rest trains.
+        modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         mixed = nullcontext() if self.dtype is None else torch.autocast(self.model.device.type, dtype=self.dtype)
         try:
             with torch.inference_mode(), mixed:
                 yield
         finally:
-            self.model.train(training)
+            for module, training in modes:
+                module.training = training
 
     def stream(self, pictures: Dataset, batches: list[range]) -> Iterator[PictureBatch]:
         pin_memory = self.model.device.type == "cuda"
         return decoded_batches(pictures, self.processor, batches, self.num_workers, pin_memory)
+
+    def refuse(self, row: int, message: str) -> str:
+        """Raise for an unreadable picture, or give the text to log for it."""
+        text = f"row {row}{message}"
+        if self.on_error == "raise":
+            raise ValueError(f"cannot read the picture in {text} (on_error='skip' leaves such rows out)")
+        return text
 
     def encode(self, pixel_values: torch.Tensor) -> dict[str, np.ndarray]:
         output = self.model(pixel_values=pixel_values.to(self.model.device, non_blocking=True))
         return {"codes": output.codes.cpu().numpy(), "embedding": output.embeddings.cpu().numpy()}
 
 
-def _encode_table(dataset: Dataset, job: _Job, columns: dict[str, Any], on_error: str) -> Dataset:
+def _encode_table(dataset: Dataset, job: _Job, columns: dict[str, Any]) -> Dataset:
     if len(dataset) == 0:
         features = Features({**dataset.features, **columns})
-        return Dataset.from_dict({name: [] for name in features}, features=features)
+        return _formatted(Dataset.from_dict({name: [] for name in features}, features=features), dataset)
+    given, dataset = dataset, dataset.with_format(None)
     if dataset._indices is not None:
         dataset = dataset.flatten_indices()
     pictures = raw_pictures(dataset, job.image_column)
@@ -184,16 +197,21 @@ def _encode_table(dataset: Dataset, job: _Job, columns: dict[str, Any], on_error
     paths = [chunk_path(key, pictures, *span) for span in spans]
     missing = [(path, span) for path, span in zip(paths, spans, strict=True) if not path.exists()]
     if missing:
-        _encode_chunks(pictures, missing, job, Features({**columns, _ERROR: Value("string")}), on_error, len(dataset))
+        _encode_chunks(pictures, missing, job, Features({**columns, _ERROR: Value("string")}), len(dataset))
     encoded = datasets.concatenate_datasets([Dataset.from_file(str(path)) for path in paths])
     messages = encoded.data.column(_ERROR)
     bad = pc.indices_nonzero(pc.is_valid(messages)).to_pylist()
-    _report_skipped([_refuse(row, messages[row].as_py(), on_error) for row in bad])
-    shape = dataset.format
-    encoded = datasets.concatenate_datasets([dataset.with_format(None), encoded.remove_columns(_ERROR)], axis=1)
+    _report_skipped([job.refuse(row, messages[row].as_py()) for row in bad])
+    encoded = datasets.concatenate_datasets([dataset, encoded.remove_columns(_ERROR)], axis=1)
     if bad:
         encoded = encoded.select(np.setdiff1d(np.arange(len(dataset)), bad))
-    return encoded.with_format(shape["type"], **shape["format_kwargs"]) if shape["type"] else encoded
+    return _formatted(encoded, given)
+
+
+def _formatted(encoded: Dataset, given: Dataset) -> Dataset:
+    """The encoded dataset in the format of the one it came from."""
+    kind, options = given.format["type"], given.format["format_kwargs"]
+    return encoded.with_format(kind, **options) if kind else encoded
 
 
 def _encode_chunks(
@@ -201,7 +219,6 @@ def _encode_chunks(
     missing: list[tuple[Path, tuple[int, int]]],
     job: _Job,
     features: Features,
-    on_error: str,
     total: int,
 ) -> None:
     """Encode the missing chunks, each written aside and renamed when whole."""
@@ -213,8 +230,7 @@ def _encode_chunks(
             parts: list[pa.Table] = []
             for batch in stream:
                 for position, message in batch.errors.items():
-                    if on_error == "raise":
-                        _refuse(batch.rows[position], message, on_error)
+                    job.refuse(batch.rows[position], message)
                 parts.append(_encode_batch(batch, job, features))
                 bar.update(len(batch.rows))
                 if batch.rows[-1] == stop - 1:
@@ -242,14 +258,12 @@ def _encode_batch(batch: PictureBatch, job: _Job, features: Features) -> pa.Tabl
     return pa.Table.from_arrays(arrays, schema=features.arrow_schema)
 
 
-def _encode_iterable(dataset: IterableDataset, job: _Job, columns: dict[str, Any], on_error: str) -> IterableDataset:
+def _encode_iterable(dataset: IterableDataset, job: _Job, columns: dict[str, Any]) -> IterableDataset:
     column, features = job.image_column, dataset.features
     image = features.get(column) if features else None
     decodes = isinstance(image, Image) and image.decode
     raw = dataset.cast_column(column, Image(decode=False)) if decodes else dataset
-    encode = partial(
-        _encode_rows, job=job, names=list(columns), on_error=on_error, decode=image.decode_example if decodes else None
-    )
+    encode = partial(_encode_rows, job=job, names=list(columns), decode=image.decode_example if decodes else None)
     return raw.map(
         encode,
         with_indices=True,
@@ -264,11 +278,10 @@ def _encode_rows(
     indices: list[int],
     job: _Job,
     names: list[str],
-    on_error: str,
     decode: Callable[[dict], Any] | None,
 ) -> dict[str, list]:
     batch = decode_batch(job.processor, rows[job.image_column], indices, threads=job.num_workers or None)
-    _report_skipped([_refuse(indices[position], message, on_error) for position, message in batch.errors.items()])
+    _report_skipped([job.refuse(indices[position], message) for position, message in batch.errors.items()])
     good = batch.readable()
     kept = {name: [values[position] for position in good] for name, values in rows.items()}
     if decode is not None:
@@ -296,13 +309,6 @@ def _check_finite(embeddings: np.ndarray, rows: list[int]) -> None:
             f"the embedding of row {rows[int(np.argmin(finite))]} is not finite: the weights are broken or overflow in "
             "the chosen dtype"
         )
-
-
-def _refuse(row: int, message: str, on_error: str) -> str:
-    text = f"row {row}{message}"
-    if on_error == "raise":
-        raise ValueError(f"cannot read the picture in {text} (on_error='skip' leaves such rows out)")
-    return text
 
 
 def _report_skipped(skipped: list[str]) -> None:

@@ -122,16 +122,10 @@ def save_index(index: faiss.Index, path: str | os.PathLike, model_id: str | None
     Raises:
         OSError: If the disk refuses the file; what was there before is kept.
     """
-    if not isinstance(index, faiss.IndexPQ):
+    if not isinstance(index, faiss.IndexPQ) or index.metric_type != faiss.METRIC_INNER_PRODUCT:
         raise TypeError(f"only an index from build_index can be saved, got {type(index).__name__}; keep the CPU index")
-    codebooks = index_codebooks(index)
+    codebooks = _check_codebooks(index_codebooks(index))
     path = Path(path)
-    with written_aside(path) as aside:
-        try:
-            faiss.write_index(index, str(aside))
-        except RuntimeError as error:
-            raise OSError(f"could not write the index to {path}: {error}") from error
-        size = aside.stat().st_size
     recipe = {
         "model": model_id,
         "metric": "inner_product",
@@ -140,11 +134,13 @@ def save_index(index: faiss.Index, path: str | os.PathLike, model_id: str | None
         "codebook_size": codebooks.shape[1],
         "count": index.ntotal,
         "codebooks_sha256": _digest(codebooks),
-        "file_bytes": size,
         "faiss": faiss.__version__,
     }
-    with written_aside(_recipe_path(path)) as aside:
-        aside.write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+    # Both files are whole before either takes its place.
+    with written_aside(path) as aside, written_aside(_recipe_path(path)) as recipe_aside:
+        _write_faiss(index, aside)
+        recipe["file_bytes"] = aside.stat().st_size
+        recipe_aside.write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
 
 
 def load_index(path: str | os.PathLike, codebooks: Any = None) -> CodeIndex:
@@ -186,8 +182,14 @@ def read_recipe(path: str | os.PathLike) -> dict[str, Any] | None:
     """The recipe beside an index file, or None; FileNotFoundError if the index file itself is missing."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no index file {path}")
-    recipe = _recipe_path(Path(path))
-    return json.loads(recipe.read_text(encoding="utf-8")) if recipe.exists() else None
+    file = _recipe_path(Path(path))
+    if not file.exists():
+        return None
+    try:
+        recipe = json.loads(file.read_text(encoding="utf-8"))
+        return {name: recipe[name] for name in ("file_bytes", "count", "codebooks_sha256")} | recipe
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"the recipe {file} is damaged; delete it to read the index without its checks") from error
 
 
 def zero_coarse_index(index: faiss.IndexPQ, num_lists: int = 128) -> faiss.IndexIVFPQ:
@@ -209,7 +211,7 @@ def zero_coarse_index(index: faiss.IndexPQ, num_lists: int = 128) -> faiss.Index
     faiss.copy_array_to_vector(codebooks.ravel(), inverted.pq.centroids)
     inverted.is_trained = True
     inverted.nprobe = num_lists
-    packed = faiss.vector_to_array(index.codes).reshape(index.ntotal, -1)
+    packed = faiss.vector_to_array(index.codes).reshape(index.ntotal, index.code_size)
     for start in range(0, len(packed), _BLOCK_ROWS):
         rows = np.arange(start, min(start + _BLOCK_ROWS, len(packed)), dtype=np.int64)
         lists = (rows % num_lists).astype("<u8").view(np.uint8).reshape(-1, 8)[:, : inverted.coarse_code_size()]
@@ -260,8 +262,28 @@ def written_aside(path: Path) -> Iterator[Path]:
         yield aside
         aside.chmod(0o666 & ~_umask())
         aside.replace(path)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a failed write does not name its file
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _write_faiss(index: faiss.Index, path: Path) -> None:
+    # Through a file of Python: FAISS's own ignores what fails at closing, as on a full disk.
+    with path.open("wb") as file:
+        failed: list[OSError] = []
+
+        def write(data: bytes) -> None:
+            try:
+                file.write(data)
+            except OSError as error:
+                failed.append(error)
+
+        faiss.write_index(index, faiss.PyCallbackIOWriter(write))
+        if failed:
+            raise failed[0]
 
 
 def _umask() -> int:
@@ -277,7 +299,7 @@ def _recipe_path(path: Path) -> Path:
 def _check_codebooks(codebooks: Any) -> np.ndarray:
     codebooks = codebooks.codebooks() if hasattr(codebooks, "codebooks") else codebooks
     codebooks = np.ascontiguousarray(codebooks, dtype=np.float32)
-    if codebooks.ndim != 3:
+    if codebooks.ndim != 3 or not codebooks.size:
         raise ValueError(f"codebooks must have shape [M, K, d], got {list(codebooks.shape)}")
     size = codebooks.shape[1]
     if not 2 <= size <= 256 or size & (size - 1):

@@ -1,6 +1,7 @@
 """TCQConfig: which backbone, how wide the embedding, how many codebooks of what size."""
 
 import difflib
+import math
 from typing import Any, Literal
 
 import timm
@@ -53,6 +54,14 @@ def timm_defaults(backbone: str) -> PretrainedCfg:
         ) from error
 
 
+def default_image_size(backbone: str) -> int:
+    """Side in pixels of the square input that a backbone has by default; ValueError where it is not square."""
+    height, width = timm_defaults(backbone).input_size[1:]
+    if height != width:
+        raise ValueError(f"backbone {backbone!r} wants {height}x{width} input by default; set image_size")
+    return height
+
+
 @strict
 class TCQConfig(PreTrainedConfig):
     """Configuration of a `TCQModel`: a timm backbone, a linear projection and M codebooks of K unit-norm codewords.
@@ -96,10 +105,7 @@ class TCQConfig(PreTrainedConfig):
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise ValueError(f"TCQConfig has no field {name!r}{hint}")
         if self.image_size is None and isinstance(self.backbone, str):
-            height, width = timm_defaults(self.backbone).input_size[1:]
-            if height != width:
-                raise ValueError(f"backbone {self.backbone!r} wants {height}x{width} input by default; set image_size")
-            self.image_size = height
+            self.image_size = default_image_size(self.backbone)
         super().__post_init__(**kwargs)
 
     @property
@@ -142,8 +148,8 @@ class TCQConfig(PreTrainedConfig):
             raise ValueError(f"embedding_dim must be a positive multiple of num_codebooks={books}, got {dim}")
         if not 2 <= words <= 256 or words & (words - 1):
             raise ValueError(f"codebook_size must be a power of two from 2 to 256, got {words}")
-        if not self.softmax_scale > 0:
-            raise ValueError(f"softmax_scale must be positive, got {self.softmax_scale}")
+        if not 0 < self.softmax_scale < math.inf:
+            raise ValueError(f"softmax_scale must be positive and finite, got {self.softmax_scale}")
 
 
 __all__ = ["TCQConfig"]

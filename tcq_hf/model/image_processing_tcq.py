@@ -14,10 +14,10 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PILImageResampling, SizeDict
 
-from .configuration_tcq import timm_defaults
+from .configuration_tcq import default_image_size, timm_defaults
 
 # Long side of a scaled picture, in units of the crop, past which only the cropped part is computed.
-_LONGEST_SCALED = 32
+_LONGEST_SCALED = 512
 
 
 class TCQImageProcessor(PilBackend):
@@ -58,7 +58,9 @@ class TCQImageProcessor(PilBackend):
                 f"interpolation={defaults.interpolation!r}) is not supported; crop_mode must be center or squash, "
                 "interpolation bicubic or bilinear"
             )
-        side = image_size or defaults.input_size[1]
+        side = default_image_size(name) if image_size is None else image_size
+        if side < 1:
+            raise ValueError(f"image_size must be at least 1, got {side}")
         scaled = math.floor(side / defaults.crop_pct)
         mean, std = (
             values if num_channels == 3 else (sum(values) / len(values),) for values in (defaults.mean, defaults.std)
@@ -126,6 +128,8 @@ class TCQImageProcessor(PilBackend):
             scaled = _scaled_size(image, size) if do_resize else image.size
             crop = (crop_size.width, crop_size.height) if do_center_crop else scaled
             cropped.append(_resize_and_crop(image, scaled, crop, resample))
+        if not images:
+            raise ValueError("there are no pictures to process")
         shapes = [(len(image.getbands()), image.height, image.width) for image in cropped]
         one_shape = len(set(shapes)) == 1
         pixel_values = (
@@ -140,11 +144,14 @@ class TCQImageProcessor(PilBackend):
 
 def _to_mode(image: PIL.Image.Image, mode: str) -> PIL.Image.Image:
     if image.mode.startswith("I"):
-        image = _from_array(np.asarray(image))
+        array = np.asarray(image)
+        if array.min() < 0 or array.max() > 65535:
+            raise ValueError(f"a picture of 32-bit integers must hold 0 to 65535, got {array.min()} to {array.max()}")
+        image = _from_array(array.astype(np.uint16))
     elif image.mode == "F":
         raise ValueError("a picture of float pixels (mode F) has no defined brightness; convert it to 8 or 16 bits")
     elif image.has_transparency_data:
-        layer = image.convert("RGBA")
+        layer = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         image = PIL.Image.new("RGBA", layer.size, "white")
         image.alpha_composite(layer)
     image.load()
@@ -156,9 +163,9 @@ def _from_array(array: np.ndarray) -> PIL.Image.Image:
         array = np.moveaxis(array, 0, -1)
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)) or not array.size:
         raise ValueError(f"a picture array must have shape [H, W], [H, W, C] or [C, H, W], got {list(array.shape)}")
-    if array.dtype.kind not in "iu" or array.min() < 0 or array.max() > 65535:
-        raise ValueError(f"a picture array must be uint8 or uint16, got {array.dtype} in {array.min()}..{array.max()}")
-    if array.dtype != np.uint8:
+    if array.dtype not in (np.uint8, np.uint16):
+        raise ValueError(f"a picture array must be uint8 or uint16, got {array.dtype}")
+    if array.dtype == np.uint16:
         array = (array.astype(np.float32) / 257 + 0.5).astype(np.uint8)
     return PIL.Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[2:] == (1,) else array))
 
@@ -180,7 +187,7 @@ def _resize_and_crop(
     left, top = (round((whole - part) / 2) for whole, part in zip(scaled, crop, strict=True))
     if max(scaled) > _LONGEST_SCALED * max(crop):
         # A 1 x 20,000 picture would grow to gigabytes before the crop: compute the cropped part alone. Pillow rounds
-        # the two ways differently by a grey level, so ordinary pictures take timm's way below.
+        # and clips the two ways differently, so all other pictures take timm's way below.
         step_x, step_y = image.width / scaled[0], image.height / scaled[1]
         box = (left * step_x, top * step_y, (left + crop[0]) * step_x, (top + crop[1]) * step_y)
         return image.resize(crop, resample, box=box)

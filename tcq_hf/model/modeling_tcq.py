@@ -117,7 +117,10 @@ class TCQModel(PreTrainedModel):
         if self.config.pooling is None:
             return self.backbone(pixel_values)
         tokens = self.backbone.forward_features(pixel_values)
-        return tokens[:, 0] if self.config.pooling == "token" else tokens[:, self.backbone.num_prefix_tokens :].mean(1)
+        prefix = self.backbone.num_prefix_tokens
+        pooled = tokens[:, 0] if self.config.pooling == "token" else tokens[:, prefix:].mean(dim=1)
+        # Where timm averages, its last norm may stand behind the pooling.
+        return self.backbone.fc_norm(pooled) if hasattr(self.backbone, "fc_norm") else pooled
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> "TCQModel":
@@ -153,7 +156,8 @@ class TCQModel(PreTrainedModel):
             pretrained = timm.create_model(name, pretrained=True, **arguments)
         else:
             pretrained = _create_from_file(name, Path(weights), arguments)
-        model.backbone.load_state_dict(pretrained.state_dict())
+        weights_of = pretrained.state_dict()
+        model.backbone.load_state_dict({name: weights_of[name] for name in model.backbone.state_dict()})
         return model.eval()
 
     @torch.no_grad()
@@ -224,6 +228,7 @@ class TCQModel(PreTrainedModel):
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         self.backbone.set_grad_checkpointing(enable)
+        self.gradient_checkpointing = enable  # what transformers reads
 
 
 def _backbone_arguments(config: TCQConfig) -> dict[str, Any]:
@@ -241,13 +246,21 @@ def _create_backbone(config: TCQConfig) -> nn.Module:
             f"backbone {config.backbone!r} refuses backbone_kwargs={config.backbone_kwargs}: {error}"
         ) from error
     if config.pooling is not None:
-        prefix = getattr(backbone, "num_prefix_tokens", None)
-        if prefix is None or (prefix == 0 and config.pooling == "token"):
-            raise ValueError(
-                f"pooling={config.pooling!r} is impossible for backbone {config.backbone!r}, which has no "
-                f"{'class token' if config.pooling == 'token' else 'patch tokens'}; leave pooling unset"
-            )
+        if not hasattr(backbone, "num_prefix_tokens"):
+            raise _impossible(config, "no tokens")
+        if config.pooling == "token" and getattr(backbone, "cls_token", None) is None:
+            raise _impossible(config, "no class token")
+        # A pooling by attention that nothing uses would be weights that nothing trains.
+        if getattr(backbone, "attn_pool", None) is not None:
+            backbone.attn_pool = None
     return backbone
+
+
+def _impossible(config: TCQConfig, lack: str) -> ValueError:
+    return ValueError(
+        f"pooling={config.pooling!r} is impossible for backbone {config.backbone!r}, which has {lack}; "
+        "leave pooling unset"
+    )
 
 
 def _feature_width(backbone: nn.Module, config: TCQConfig) -> int:

@@ -80,6 +80,8 @@ class ProductQuantizer(nn.Module):
         Returns:
             float32 `[N, D]`.
         """
+        if codes.ndim != 2 or codes.shape[1] != self.codebooks.shape[0]:
+            raise ValueError(f"codes must have shape [N, {self.codebooks.shape[0]}], got {list(codes.shape)}")
         books = torch.arange(self.codebooks.shape[0], device=codes.device)
         return self.normalized_codebooks()[books, codes.long()].flatten(1)
 

@@ -20,9 +20,10 @@ fitted to the database without labels. mAP@1000 divides by the relevant rows fou
 min(1000, relevant) stands beside it. Ties in random order. Mean and deviation over the seeds {seeds} of fit and ties.
 Nothing was selected on the queries. Query names: SHA-256 {names}."""
 
-NOTES = """PQ with and without centring are the same FAISS call on features of unit norm; tcq_hf centres and uses D = 128. At 16
-bits tcq_hf is ahead of both, at 32 bits level with centred PQ, at 64 bits behind it. More bits do not find better here,
-and most codes beat the float vectors that they come from. OPQ is below PQ; its rotation has 3,409 rows to learn from."""
+NOTES = """PQ with and without centring are the same FAISS call on features of unit norm; tcq_hf centres.
+At 16 bits tcq_hf is ahead of both, at 32 bits level with centred PQ, at 64 bits behind it. More bits do not find better
+here, and most codes beat the float vectors that they come from. OPQ is below PQ; its rotation has 3,409 rows to learn
+from."""
 
 DEAL = """## Why the principal components are rotated
 

@@ -103,7 +103,7 @@ def test_invariant_1_holds_for_the_forward_pass_of_a_model(tiny_config, codebook
 
 
 def test_invariant_1_scores_are_the_lookup_table_sum(encoded):
-    quantizer, embeddings, codes = encoded
+    quantizer, _, codes = encoded
     index = build_index(quantizer.normalized_codebooks().numpy(), codes.numpy())
     queries = quantizer.normalize(torch.randn(5, 128))
     table = quantizer.lookup_table(queries)
