@@ -82,7 +82,7 @@ class TCQConfig(PreTrainedConfig):
         softmax_scale: Scale alpha of the soft assignment `softmax(alpha <z, c>)`.
 
     Raises:
-        ValueError: For an unknown or misspelt field.
+        ValueError: For an unknown or misspelt field, and for a backbone that timm does not know.
         huggingface_hub.errors.StrictDataclassError: For a wrong type or an impossible combination, naming the field.
     """
 

@@ -16,6 +16,7 @@ from timm.data import create_transform
 from transformers import AutoImageProcessor
 
 from tcq_hf import TCQConfig, TCQImageProcessor
+from tcq_hf.model.image_processing_tcq import _LONGEST_SCALED
 
 VIT = "vit_tiny_patch16_224"
 # A backbone and a side: together they cover both crop modes and filters, odd and even margins, no margin.
@@ -212,10 +213,10 @@ def test_cmyk_becomes_rgb(processor):
     assert torch.equal(values(processor, jpeg), values(processor, expected))
 
 
-@pytest.mark.parametrize("via_and_mode", ["RGB HSV", "RGB YCbCr", "RGB LAB", "RGB RGBX", "RGBA RGBa", "P PA"])
+@pytest.mark.parametrize("via_and_mode", ["RGB HSV", "RGB YCbCr", "RGB LAB", "RGB RGBX", "RGBA RGBa", "LA La", "P PA"])
 def test_rarer_modes_give_the_picture_nearly_back(processor, via_and_mode):
     via, mode = via_and_mode.split()
-    picture = PIL.Image.new("RGB", (40, 40), (200, 120, 40)).convert(via)
+    picture = PIL.Image.new("RGB", (40, 40), (200, 120, 40)).convert(via)  # opaque
     given = picture.convert(mode)
     assert given.mode == mode
     # Eight bits in another colour space: a few levels of 2 / 255 each.
@@ -422,6 +423,11 @@ def test_bytes_that_are_no_picture_are_an_os_error(processor, junk):
         processor(junk)
 
 
+def test_empty_list_is_refused(processor):
+    with pytest.raises(ValueError, match="no pictures"):
+        processor([], return_tensors="pt")
+
+
 @pytest.mark.parametrize("channels", [0, 2, 4])
 def test_other_channel_counts_are_refused(channels):
     with pytest.raises(ValueError, match=f"num_channels must be 1 or 3 for pictures, got {channels}"):
@@ -465,16 +471,23 @@ def test_extreme_aspect_ratio_stays_small_in_memory(size):
 
 
 @pytest.mark.parametrize("name", [VIT, "fbnetv3_b.ra2_in1k"])
-@pytest.mark.parametrize(("width", "height"), [(3, 130), (130, 3), (2, 199), (300, 4), (31, 1200)])
+@pytest.mark.parametrize(("width", "height"), [(1, 700), (700, 1), (2, 1201), (1201, 2), (3, 1600)])
 def test_very_long_picture_agrees_with_timm_to_two_grey_levels(name, width, height):
     processor = TCQImageProcessor.from_backbone(name, image_size=32)
-    assert processor.size["shortest_edge"] * max(width, height) / min(width, height) > 32 * 32
+    assert processor.size["shortest_edge"] * max(width, height) / min(width, height) > _LONGEST_SCALED * 32
     # Levels 64 to 191: no overshoot of the filter is clipped between the two passes, whose order Pillow chooses.
     picture = PIL.Image.fromarray(64 + np.asarray(noise(width, height)) // 2)
     difference = values(processor, picture)[0] - timm_transform(name, 32)(picture)
     levels = (difference * 255 * torch.tensor(processor.image_std)[:, None, None]).abs().max()
     # Each pass rounds by half a level and the second weighs the first by at most 1.25: 2 * (0.5 * 1.25 + 0.5) = 2.25.
     assert levels < 2.25
+
+
+def test_long_picture_below_the_limit_is_bit_equal_to_timm():
+    processor = TCQImageProcessor.from_backbone(VIT, image_size=32)
+    for size in ((1, 400), (400, 1), (3, 1300), (31, 1200)):
+        assert processor.size["shortest_edge"] * max(size) / min(size) < _LONGEST_SCALED * 32
+        assert torch.equal(values(processor, noise(*size))[0], timm_transform(VIT, 32)(noise(*size)))
 
 
 def png_header(width, height) -> bytes:
