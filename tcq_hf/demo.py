@@ -27,6 +27,7 @@ from . import (
 from .evaluation.baselines import float_scores, pq_scores
 from .evaluation.metrics import precision_at_k
 from .evaluation.report import Cell, html_page, picture_grid, text_table
+from .index.code_cache import weights_digest
 
 # A small transformer with random weights, which sees a 28 x 28 digit in four patches.
 _DIGIT_CONFIG = {
@@ -149,8 +150,8 @@ def _choose_queries(dataset: Dataset, label_column: str | None, seed: int) -> li
     order = np.random.default_rng(seed).permutation(len(dataset))
     if label_column is None:
         return order[:8].tolist()
-    _, first = np.unique(_column(dataset, label_column)[order], return_index=True)
-    return order[first[:10]].tolist()
+    labels, first = np.unique(_column(dataset, label_column)[order], return_index=True)
+    return order[first[labels >= 0][:10]].tolist()
 
 
 def _grid_row(demo: Demo, dataset: Dataset, query: int) -> list[Cell]:
@@ -159,10 +160,12 @@ def _grid_row(demo: Demo, dataset: Dataset, query: int) -> list[Cell]:
     # One more than is drawn: the query is among its own neighbours.
     embedding = np.asarray(own["embedding"], dtype=np.float32)
     found = search(dataset, embedding, demo.model, k=min(_NEIGHBOURS + 1, len(dataset)))
-    cells = [Cell(own[demo.image_column], names[own[label]] if names else "query")]
+    picture = demo.processor.process_image
+    cells = [Cell(picture(own[demo.image_column]), names[own[label]] if names else "query")]
     for row in [row for row in found if row["row"] != query][:_NEIGHBOURS]:
-        caption = f"{names[row[label]] if names else ''} {row['similarity']:.2f}".strip()
-        cells.append(Cell(row[demo.image_column], caption, row[label] == own[label] if label else None))
+        known = names is not None and row[label] is not None and row[label] >= 0
+        caption = f"{names[row[label]] if known else ''} {row['similarity']:.2f}".strip()
+        cells.append(Cell(picture(row[demo.image_column]), caption, row[label] == own[label] if label else None))
     return cells
 
 
@@ -172,18 +175,21 @@ def _measure(demo: Demo, dataset: Dataset, features: np.ndarray) -> tuple[list[d
     order = np.random.default_rng(demo.seed).permutation(len(dataset))
     query, base = np.split(order, [min(_MAX_QUERIES, len(dataset) // 10)])
     labels, embeddings = _column(dataset, demo.label_column), _column(dataset, "embedding")
+    if len(base) < config.codebook_size:
+        print(f"not measured: FAISS PQ needs {config.codebook_size} pictures beside the queries, there are {len(base)}")
+        return [], {}
     relevant = labels[query][:, None] == labels[base]
     with torch.inference_mode():
         codes = torch.from_numpy(codes_array(dataset)[base]).to(demo.model.device)
         restored = demo.model.quantizer.reconstruct(codes).cpu().numpy()
-    pixels = np.stack([_pixels(picture) for picture in dataset[demo.image_column]])
+    pixels = np.stack([_pixels(demo.processor.process_image(picture)) for picture in dataset[demo.image_column]])
     books, bits = config.num_codebooks, f"{config.bits}-bit"
     ways = {
         f"{bits} codes, tcq_hf": embeddings[query] @ restored.T,
-        f"{bits} FAISS PQ, same features": pq_scores(features[query], features[base], books),
-        "float cosine, same features": float_scores(features[query], features[base]),
-        f"{bits} FAISS PQ, raw pixels": pq_scores(pixels[query], pixels[base], books),
-        "float cosine, raw pixels": float_scores(pixels[query], pixels[base]),
+        f"{bits} FAISS PQ, same features": pq_scores(features[query], features[base], books, centre=True),
+        "float cosine, same features": float_scores(features[query], features[base], centre=True),
+        f"{bits} FAISS PQ, raw pixels": pq_scores(pixels[query], pixels[base], books, centre=True),
+        "float cosine, raw pixels": float_scores(pixels[query], pixels[base], centre=True),
     }
     results = [
         {
@@ -198,9 +204,10 @@ def _measure(demo: Demo, dataset: Dataset, features: np.ndarray) -> tuple[list[d
     ]
     recipe = {
         "data": f"{demo.source}; {len(query)} random rows (seed {demo.seed}) query the other {len(base):,}",
-        "fit": "projection and codebooks on all pictures, the PQ baselines on the database, all without labels",
+        "fit": "projection and codebooks on all pictures, PQ on the database, all without labels; nothing was selected",
+        "baselines": "features and pixels centred on the database and scaled to unit norm",
         "mAP@1000": "hits-in-k denominator, ties in seeded random order",
-        "backbone": f"{config.backbone}. {demo.note}",
+        "model": f"{config.backbone}, weights SHA-256 {weights_digest(demo.model)[:12]}. {demo.note}",
     }
     return results, recipe
 

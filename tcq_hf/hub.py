@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from safetensors import SafetensorError
 
 from .index.code_cache import weights_digest
 
@@ -48,7 +49,10 @@ def save(
     card = model_card(model, results, recipe, model_id or folder.name)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as aside:
-        model.save_pretrained(aside)
+        try:
+            model.save_pretrained(aside)
+        except SafetensorError as error:
+            raise OSError(f"could not write the weights to {folder}: {error}") from error
         processor.save_pretrained(aside)
         Path(aside, "README.md").write_text(card, encoding="utf-8")
         if _has_faiss():

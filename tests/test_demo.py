@@ -42,13 +42,15 @@ def test_digits_demo_finds_digits_and_hides_no_comparison(digits):
     assert "float cosine, raw pixels" in figures
 
 
-def test_demo_on_own_pictures_without_labels(tmp_path, capsys):
+@pytest.mark.parametrize("labels", [[""], ["a", "b"]])
+def test_demo_on_few_own_pictures(tmp_path, capsys, labels):
     import timm
 
     rng = np.random.default_rng(0)
-    (tmp_path / "pictures").mkdir()
     for i in range(260):
-        PIL.Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(tmp_path / "pictures" / f"{i}.png")
+        folder = tmp_path / "pictures" / labels[i % len(labels)]
+        folder.mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(folder / f"{i}.png")
     save_file(timm.create_model("test_vit").state_dict(), tmp_path / "weights.safetensors")
     arguments = ["--backbone", "test_vit", "--weights", str(tmp_path / "weights.safetensors"), "--bits", "16"]
     arguments += ["--images", str(tmp_path / "pictures"), "--output", str(tmp_path / "out")]
@@ -57,7 +59,11 @@ def test_demo_on_own_pictures_without_labels(tmp_path, capsys):
     assert "260 pictures in 2 bytes each" in page
     assert "How good it is" not in page
     assert "Not measured." in (tmp_path / "out" / "model" / "README.md").read_text()
-    assert "260 pictures from" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "260 pictures from" in printed
+    assert ("not measured: FAISS PQ needs 256 pictures beside the queries, there are 234" in printed) == (
+        len(labels) > 1
+    )
 
 
 def test_demo_with_too_few_pictures_says_so(picture_folder, tmp_path, capsys):

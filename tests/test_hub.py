@@ -194,7 +194,7 @@ hub.save(model, processor, sys.argv[1])
 """
     done = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "File too large" in done.stderr, done.stderr
+    assert "OSError: could not write the weights to" in done.stderr, done.stderr
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 

@@ -9,8 +9,6 @@ from huggingface_hub.errors import StrictDataclassError
 
 from tcq_hf import __version__
 
-from . import demo, encode, index, search
-
 _EPILOG = """\
 examples:
   tcq-hf demo                                               see it work on pictures that come with a package
@@ -25,6 +23,11 @@ exit codes: 0 done, 1 failed (the reason is on standard error), 2 wrong argument
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
+    try:
+        from . import demo, encode, index, search
+    except ImportError as error:
+        print(f"tcq-hf: {error}", file=sys.stderr)
+        return 1
     parser = argparse.ArgumentParser(
         prog="tcq-hf",
         description="Unsupervised image retrieval with learned codes.",

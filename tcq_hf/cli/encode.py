@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from tcq_hf import TCQImageProcessor, TCQModel, codes_array, encode_dataset, extract_features, hub
-from tcq_hf.index.faiss_index import written_aside
+from tcq_hf.index.decoding import raw_pictures
+from tcq_hf.index.writing import written_aside
 
 from . import inputs
 
@@ -53,14 +54,12 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError("--backbone starts a new model: say with --save-model DIR where to keep it")
     dataset = inputs.load_pictures(arguments.dataset, arguments.split)
     column = inputs.image_column(dataset, arguments.image_column)
-    if "row" in dataset.column_names:
-        raise ValueError("the dataset has a column 'row', which the file of codes needs for its own; rename it")
     options = {"image_column": column, **inputs.encoding_options(arguments)}
     if arguments.model:
         model, processor = inputs.load_model(arguments.model)
     else:
         model, processor = _new_model(arguments, dataset, options)
-    numbered = dataset.add_column("row", np.arange(len(dataset)))
+    numbered = inputs.with_row_numbers(dataset)
     encoded = encode_dataset(numbered, model, processor, embeddings=arguments.embeddings, **options)
     with written_aside(output) as aside:
         if output.suffix == ".npy":
@@ -68,6 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
                 np.save(file, codes_array(encoded))
         else:
             encoded.remove_columns(column).to_parquet(str(aside))
+    inputs.write_codes_recipe(output, arguments.model or arguments.save_model, model, raw_pictures(dataset, column))
     print(f"{len(encoded)} of {len(dataset)} pictures, {model.config.code_bytes} bytes each -> {output}")
 
 

@@ -25,7 +25,7 @@ def add_parser(commands: inputs.Commands) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Build and save."""
     model, _ = inputs.load_model(arguments.model)
-    codes, _ = inputs.read_codes(arguments.codes)
+    codes, _ = inputs.read_codes(arguments.codes, model)
     start = time.perf_counter()
     index = build_index(model, codes)
     seconds = time.perf_counter() - start

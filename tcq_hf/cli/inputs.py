@@ -1,6 +1,9 @@
 """Arguments that several commands share, and what they name: datasets, models, codes."""
 
 import argparse
+import hashlib
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
 from tcq_hf import TCQConfig, TCQImageProcessor, TCQModel, codes_array
+from tcq_hf.index.code_cache import picture_paths, weights_digest
+from tcq_hf.index.writing import written_aside
 
 Commands = Any  # argparse keeps the type of its sub-parsers private
 
@@ -145,12 +150,52 @@ def new_processor(config: TCQConfig) -> TCQImageProcessor:
     return TCQImageProcessor.from_backbone(config.backbone, config.image_size, config.num_channels)
 
 
-def read_codes(path: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """Codes `[N, M]` and, from parquet, the row numbers `[N]` that they belong to."""
+def with_row_numbers(dataset: Dataset) -> Dataset:
+    """The dataset with a column `row`, which keeps the numbers where unreadable pictures are left out."""
+    if "row" in dataset.column_names:
+        raise ValueError("the dataset has a column 'row', which tcq-hf needs for the row numbers; rename it")
+    return dataset.add_column("row", np.arange(len(dataset)))
+
+
+def write_codes_recipe(path: Path, name: str, model: TCQModel, pictures: Dataset) -> None:
+    """Write `<path>.json`: which model made the codes, of which pictures."""
+    recipe = {"model": name, "weights_sha256": weights_digest(model), **_identity(pictures)}
+    with written_aside(path.with_name(path.name + ".json")) as aside:
+        aside.write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+
+
+def read_codes(path: str, model: TCQModel, pictures: Dataset | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+    """Codes `[N, M]` and, from parquet, the row numbers `[N]` that they belong to.
+
+    Raises:
+        ValueError: If the recipe beside the file says that another model made the codes, or of other pictures.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"--codes: no file {path}")
+    recipe = Path(f"{path}.json")
+    if recipe.is_file():
+        said = json.loads(recipe.read_text(encoding="utf-8"))
+        if said["weights_sha256"] != weights_digest(model):
+            raise ValueError(f"--codes {path} were made by another model, {said['model']}")
+        if pictures is not None and {name: said[name] for name in ("rows", "files_sha256")} != _identity(pictures):
+            raise ValueError(
+                f"--codes {path} are those of other pictures ({said['rows']} rows); encode --dataset again"
+            )
     if path.endswith(".npy"):
         return np.load(path, allow_pickle=False), None
     table = datasets.load_dataset("parquet", data_files=path, split="train")
     rows = table.with_format("numpy")["row"][:] if "row" in table.column_names else None
     return codes_array(table), rows
+
+
+def label_name(names: list[str], label: int | None) -> str:
+    """Name of a class label; empty for a row without one."""
+    return names[label] if label is not None and label >= 0 else ""
+
+
+def _identity(pictures: Dataset) -> dict[str, Any]:
+    """Number of rows and a hash of the file names in order, where there are any."""
+    digest = hashlib.sha256()
+    for path in picture_paths(pictures):
+        digest.update(f"{os.path.basename(path)}\n".encode())
+    return {"rows": len(pictures), "files_sha256": digest.hexdigest()}

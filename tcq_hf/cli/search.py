@@ -57,7 +57,8 @@ def run(arguments: argparse.Namespace) -> None:
         paths = _paths(pictures, [int(numbers[row["row"]]) for row in found])
         print(text_table(_lines(found, numbers, _names(dataset, label), label, paths)), "\n")
         picture = query if isinstance(query, str) else dataset[asked][column]
-        cells = [_cell(row, _names(dataset, label), label, column) for row in found]
+        shown = [row | {column: processor.process_image(row[column])} for row in found]
+        cells = [_cell(row, _names(dataset, label), label, column) for row in shown]
         grid.append([Cell(processor.process_image(picture), Path(str(query)).name), *cells])
     if arguments.grid:
         print(f"grid -> {picture_grid(grid, arguments.grid)}")
@@ -70,7 +71,7 @@ def _with_index(
     if arguments.index:
         return attach_index(dataset, load_index(arguments.index, model), "codes"), np.arange(len(dataset))
     if arguments.codes:
-        codes, numbers = inputs.read_codes(arguments.codes)
+        codes, numbers = inputs.read_codes(arguments.codes, model, raw_pictures(dataset, column))
         if numbers is None:
             numbers = np.arange(len(dataset))
         elif len(numbers) and numbers.max() >= len(dataset):
@@ -80,11 +81,12 @@ def _with_index(
         else:
             dataset = dataset if len(numbers) == len(dataset) else dataset.select(numbers)
         return attach_index(dataset, build_index(model, codes), "codes"), numbers
-    numbered = dataset.add_column("_number", np.arange(len(dataset)))
+    # As tcq-hf encode does it, so that the codes in the cache are found again.
+    numbered = inputs.with_row_numbers(dataset)
     options = inputs.encoding_options(arguments)
     encoded = encode_dataset(numbered, model, processor, image_column=column, **options)
-    numbers = np.asarray(encoded.with_format("numpy")["_number"][:])
-    return add_code_index(encoded.remove_columns("_number"), "codes", model), numbers
+    numbers = np.asarray(encoded.with_format("numpy")["row"][:])
+    return add_code_index(encoded.remove_columns("row"), "codes", model), numbers
 
 
 def _position(number: int, numbers: np.ndarray) -> int:
@@ -109,11 +111,11 @@ def _lines(
 ) -> list[dict[str, Any]]:
     return [
         {"rank": rank, "row": int(numbers[row["row"]]), "score": row["score"], "similarity": row["similarity"]}
-        | ({"label": names[row[label]]} if label else {})
+        | ({"label": inputs.label_name(names, row[label])} if label else {})
         | ({"file": path} if any(paths) else {})
         for rank, (row, path) in enumerate(zip(found, paths, strict=True), 1)
     ]
 
 
 def _cell(row: dict, names: list[str], label: str | None, column: str) -> Cell:
-    return Cell(row[column], f"{names[row[label]] if label else ''} {row['similarity']:.2f}".strip())
+    return Cell(row[column], f"{inputs.label_name(names, row[label]) if label else ''} {row['similarity']:.2f}".strip())

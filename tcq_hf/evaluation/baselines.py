@@ -4,9 +4,13 @@ import faiss
 import numpy as np
 
 
-def float_scores(queries: np.ndarray, database: np.ndarray) -> np.ndarray:
-    """Cosine of every query `[Q, F]` with every database row `[N, F]`, float32 `[Q, N]`, larger is closer."""
-    return _unit(queries) @ _unit(database).T
+def float_scores(queries: np.ndarray, database: np.ndarray, centre: bool = False) -> np.ndarray:
+    """Cosine of every query `[Q, F]` with every database row `[N, F]`, float32 `[Q, N]`, larger is closer.
+
+    With `centre` the database mean is subtracted from both first.
+    """
+    mean = database.mean(axis=0) if centre else 0.0
+    return _unit(queries - mean) @ _unit(database - mean).T
 
 
 def pq_scores(

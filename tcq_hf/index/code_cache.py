@@ -12,6 +12,8 @@ import pyarrow as pa
 import torch
 from datasets import Dataset
 
+from .writing import written_aside
+
 if TYPE_CHECKING:
     from tcq_hf.model.image_processing_tcq import TCQImageProcessor
     from tcq_hf.model.modeling_tcq import TCQModel
@@ -41,7 +43,7 @@ def cache_key(
 def chunk_path(key: str, pictures: Dataset, start: int, stop: int) -> Path:
     """File of the rows `start` to `stop`; pictures that are files on this machine count with their size and time."""
     digest = hashlib.sha256(f"{key} {start} {stop}".encode())
-    for path in _local_paths(pictures, start, stop):
+    for path in picture_paths(pictures, start, stop, without_bytes=True):
         if os.path.exists(path):
             stat = os.stat(path)
             digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}".encode())
@@ -50,14 +52,9 @@ def chunk_path(key: str, pictures: Dataset, start: int, stop: int) -> Path:
 
 def write_chunk(path: Path, table: pa.Table) -> None:
     """Write a table aside and rename it, so that a file in the cache is always whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+    with written_aside(path) as aside, pa.OSFile(str(aside), "wb") as sink:
+        with pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def weights_digest(model: torch.nn.Module) -> str:
@@ -77,11 +74,15 @@ def _folder() -> Path:
     return Path(datasets.fingerprint.get_temporary_cache_files_directory())
 
 
-def _local_paths(pictures: Dataset, start: int, stop: int) -> Iterator[str]:
-    column = pictures.with_format("arrow")[start:stop].column(0)
+def picture_paths(
+    pictures: Dataset, start: int = 0, stop: int | None = None, without_bytes: bool = False
+) -> Iterator[str]:
+    """Paths that a column of pictures names, in order; `without_bytes` leaves out those that hold the file itself."""
+    column = pictures.with_format("arrow")[start : len(pictures) if stop is None else stop].column(0)
     for chunk in column.chunks:
         if pa.types.is_struct(chunk.type):
-            chunk = chunk.field("path").filter(chunk.field("bytes").is_null())
+            paths = chunk.field("path")
+            chunk = paths.filter(chunk.field("bytes").is_null()) if without_bytes else paths
         elif not (pa.types.is_string(chunk.type) or pa.types.is_large_string(chunk.type)):
             continue
         yield from (path for path in chunk.to_pylist() if path)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import PIL.Image
 import pyarrow as pa
 import torch
 from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
@@ -40,7 +41,8 @@ def codes_array(dataset: Dataset, column: str = "codes") -> np.ndarray:
 def add_code_index(dataset: Dataset, column: str, model: "TCQModel", name: str | None = None) -> Dataset:
     """Attach a FAISS index over a codes column; no float column is needed.
 
-    Attach last: `datasets` refuses to shuffle, select or filter a dataset that has an index.
+    Attach last: `datasets` refuses to shuffle, select or filter a dataset that has an index. A code does not tell which
+    model made it: give the model that did.
 
     Args:
         dataset: A dataset from `encode_dataset`.
@@ -146,17 +148,28 @@ def _embedding(
         return _check_embedding(query, model)
     if processor is None:
         raise ValueError("a picture as query needs the processor; without it pass an embedding, float [D]")
+    return _embed_picture(_picture(dataset, query, image_column), model, processor)
+
+
+def _picture(dataset: Dataset, query: Any, image_column: str) -> Any:
+    """The picture of a query that may be a row or the number of one."""
     if isinstance(query, (int, np.integer)):
         if not 0 <= query < len(dataset):
             raise ValueError(f"query row must be from 0 to {len(dataset) - 1}, got {query}")
         with dataset.formatted_as(None):
             query = dataset[int(query)]
-    if isinstance(query, Mapping) and image_column in query:
-        query = query[image_column]
+    return query[image_column] if isinstance(query, Mapping) and image_column in query else query
+
+
+def _embed_picture(query: Any, model: "TCQModel", processor: "TCQImageProcessor") -> np.ndarray:
     if isinstance(query, (str, os.PathLike)) and not str(query).startswith(("http://", "https://")):
         if not os.path.isfile(query):
             raise FileNotFoundError(f"query: no file {query}")
-    return encode_pictures(model, processor, query)[0]
+    try:
+        return encode_pictures(model, processor, query)[0]
+    except (OSError, PIL.Image.DecompressionBombError) as error:
+        place = f" {query}" if isinstance(query, (str, os.PathLike)) else ""
+        raise OSError(f"the query picture{place} cannot be read: {error}") from error
 
 
 def _check_embedding(query: np.ndarray, model: "TCQModel") -> np.ndarray:

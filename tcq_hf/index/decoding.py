@@ -52,7 +52,6 @@ def decoded_batches(
     processor: "TCQImageProcessor",
     batches: list[range],
     num_workers: int,
-    pin_memory: bool = False,
 ) -> Iterator[PictureBatch]:
     """Decode batches of rows in order, ahead of the reader in `num_workers` processes, or in threads if 0.
 
@@ -61,14 +60,12 @@ def decoded_batches(
         processor: Turns pictures into `pixel_values`.
         batches: Row numbers of each batch.
         num_workers: Worker processes.
-        pin_memory: Hand out page-locked memory, for a GPU.
     """
     yield from torch.utils.data.DataLoader(
         _Pictures(pictures, processor),
         batch_sampler=batches,
         collate_fn=_identity,
         num_workers=max(0, min(num_workers, len(batches) - 1)),
-        pin_memory=pin_memory,
     )
 
 
@@ -112,6 +109,8 @@ def _read(
     """Decode together; where that fails, halve until the pictures at fault stand alone."""
     try:
         return processor([_opened(pictures[position]) for position in positions])["pixel_values"], {}
+    except MemoryError:
+        raise  # says nothing about the picture
     except Exception as error:  # Pillow raises almost anything on damaged files
         if len(positions) == 1:
             place = _place(pictures[positions[0]])

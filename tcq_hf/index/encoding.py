@@ -169,8 +169,7 @@ class _Job:
                 module.training = training
 
     def stream(self, pictures: Dataset, batches: list[range]) -> Iterator[PictureBatch]:
-        pin_memory = self.model.device.type == "cuda"
-        return decoded_batches(pictures, self.processor, batches, self.num_workers, pin_memory)
+        return decoded_batches(pictures, self.processor, batches, self.num_workers)
 
     def refuse(self, row: int, message: str) -> str:
         """Raise for an unreadable picture, or give the text to log for it."""
@@ -180,7 +179,7 @@ class _Job:
         return text
 
     def encode(self, pixel_values: torch.Tensor) -> dict[str, np.ndarray]:
-        output = self.model(pixel_values=pixel_values.to(self.model.device, non_blocking=True))
+        output = self.model(pixel_values=pixel_values.to(self.model.device))
         return {"codes": output.codes.cpu().numpy(), "embedding": output.embeddings.cpu().numpy()}
 
 

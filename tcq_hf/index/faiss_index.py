@@ -3,13 +3,12 @@
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from .writing import written_aside
 
 try:
     import faiss
@@ -89,7 +88,7 @@ def add_codes(index: faiss.IndexPQ, codes: Any) -> None:
 
 
 def index_codebooks(index: Any) -> np.ndarray | None:
-    """Codebooks inside an index, float32 `[M, K, d]`; None where FAISS does not hand them out (GPU, other kinds)."""
+    """Codebooks inside an index, float32 `[M, K, d]`; None for an index without any, or on a GPU."""
     index = faiss.downcast_index(index) if isinstance(index, faiss.Index) else index
     quantizer = getattr(index, "pq", None)
     return (
@@ -100,9 +99,14 @@ def index_codebooks(index: Any) -> np.ndarray | None:
 
 
 def check_index_belongs(index: Any, codebooks: Any) -> None:
-    """Raise ValueError unless the index holds these codebooks, or hides its own (an index on a GPU)."""
+    """Raise ValueError unless an index holds these codebooks; one on a GPU hides its own and is taken on trust."""
     expected, found = _check_codebooks(codebooks), index_codebooks(index)
-    if found is not None and (found.shape != expected.shape or not np.array_equal(found, expected)):
+    if found is None and (hasattr(index, "getDevice") or isinstance(index, (faiss.IndexReplicas, faiss.IndexShards))):
+        return
+    if found is None or index.metric_type != faiss.METRIC_INNER_PRODUCT:
+        raise ValueError(f"the index is a {type(index).__name__} without the model's codebooks; use build_index(model)")
+    # Processors normalise codewords with other last bits.
+    if found.shape != expected.shape or not np.abs(found - expected).max() <= 1e-5:
         raise ValueError(
             f"the index belongs to another model: its codebooks {list(found.shape)} differ from the model's "
             f"{list(expected.shape)}; build the index from this model's codes"
@@ -251,25 +255,6 @@ def to_gpu(index: faiss.IndexPQ, device: int = 0, num_lists: int = 128) -> Any:
     return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), device, zero_coarse_index(index, num_lists), options)
 
 
-@contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends well and vanishes otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    aside = Path(name)
-    try:
-        yield aside
-        aside.chmod(0o666 & ~_umask())
-        aside.replace(path)
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error  # a failed write does not name its file
-    finally:
-        aside.unlink(missing_ok=True)
-
-
 def _write_faiss(index: faiss.Index, path: Path) -> None:
     # Through a file of Python: FAISS's own ignores what fails at closing, as on a full disk.
     with path.open("wb") as file:
@@ -284,12 +269,6 @@ def _write_faiss(index: faiss.Index, path: Path) -> None:
         faiss.write_index(index, faiss.PyCallbackIOWriter(write))
         if failed:
             raise failed[0]
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _recipe_path(path: Path) -> Path:

@@ -27,8 +27,8 @@ transform and the model in one function, on pictures that `datasets` has decoded
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=192)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--count", type=int, default=384)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=32)
     arguments = parser.parse_args()
     datasets.disable_progress_bars()

@@ -18,7 +18,7 @@ TEXT = """Clothing photographs, 10 unbalanced classes: the {queries} of the test
 validation. Pooled features of ViT-Ti/16 (ImageNet-21k then 1k, supervised; weights {weights}), 224 px. Everything is
 fitted to the database without labels. mAP@1000 divides by the relevant rows found within 1,000; the figure with
 min(1000, relevant) stands beside it. Ties in random order. Mean and deviation over the seeds {seeds} of fit and ties.
-Nothing was selected on the queries. Query names: SHA-256 {names}."""
+The start itself was chosen after a trial on these queries; see the end of the page. Query names: SHA-256 {names}."""
 
 NOTES = """PQ with and without centring are the same FAISS call on features of unit norm; tcq_hf centres.
 At 16 bits tcq_hf is ahead of both, at 32 bits level with centred PQ, at 64 bits behind it. More bits do not find better
@@ -27,16 +27,20 @@ from."""
 
 DEAL = """## Why the principal components are rotated
 
-The same at 32 bits with D = 128, seed 0, for different ways of dealing the centred principal components to the four
-sub-spaces, before the sub-vectors are scaled to unit norm, and for other choices of the start:"""
+Measured on other queries: the 341 of the validation split against the 3,068 of train; 32 bits, D = 128, seed 0. The
+rows deal the centred principal components to the four sub-spaces in different ways, before the sub-vectors are scaled
+to unit norm, and try other starts. A first trial, on the test queries, had led to rotation, centring and D = 128; these
+queries confirm it."""
 
 
 def main() -> None:
     datasets.disable_progress_bars()
     data = data_folder()
     weights = data / BACKBONE / "model.safetensors"
-    base, queries, labels, names = load(data, weights)
-    relevant = labels[1][:, None] == labels[0]
+    splits = {split: load(data, weights, split) for split in ("train", "validation", "test")}
+    base, base_labels = (np.concatenate([splits[s][i] for s in ("train", "validation")]) for i in (0, 1))
+    queries, labels, names = splits["test"]
+    relevant = labels[:, None] == base_labels
     rows = [figures("float cosine", 32 * base.shape[1], [float_scores(queries, base)], relevant)]
     centred = [float_scores(queries - base.mean(0), base - base.mean(0))]
     rows.append(figures("float cosine, centred", 32 * base.shape[1], centred, relevant))
@@ -58,17 +62,16 @@ def main() -> None:
         names=hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:12],
     )
     dealt = [
-        {"start": way, "mAP@1000": f"{mean_average_precision(dealt_scores(base, queries, **how), relevant):.3f}"}
+        {"start": way, "mAP@1000": f"{dealt_figure(splits['train'], splits['validation'], **how):.3f}"}
         for way, how in DEALINGS.items()
     ]
     write_page("initialize", "Quality of the start without labels", [text, rows, NOTES, DEAL, dealt])
 
 
-def load(data, weights) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray], list[str]]:
+def load(data, weights, split: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
     model, processor = TCQModel.from_timm(BACKBONE, weights=weights), TCQImageProcessor.from_backbone(BACKBONE)
-    splits = [datasets.load_dataset(str(data / "clothing"), split=split) for split in ("train+validation", "test")]
-    base, queries = (extract_features(split, model, processor) for split in splits)
-    return base, queries, tuple(np.asarray(split["label"][:]) for split in splits), splits[1]["name"][:]
+    dataset = datasets.load_dataset(str(data / "clothing"), split=split)
+    return extract_features(dataset, model, processor), np.asarray(dataset["label"][:]), dataset["name"][:]
 
 
 def figures(way: str, bits: int, runs: list[np.ndarray], relevant: np.ndarray) -> dict:
@@ -119,6 +122,10 @@ DEALINGS = {
     "random rotation, D = 64": {"deal": "rotation", "width": 64},
     "random rotation, D = 192": {"deal": "rotation", "width": 192},
 }
+
+
+def dealt_figure(train: tuple, validation: tuple, **how) -> float:
+    return mean_average_precision(dealt_scores(train[0], validation[0], **how), validation[1][:, None] == train[1])
 
 
 @torch.inference_mode()

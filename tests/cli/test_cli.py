@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import datasets
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 
 from tcq_hf import TCQImageProcessor, TCQModel, add_code_index, encode_dataset, extract_features, hub, search
 from tcq_hf.cli import main
-from tcq_hf.cli.inputs import load_pictures
+from tcq_hf.cli.inputs import label_name, load_pictures
 
 
 @pytest.fixture(scope="module")
@@ -211,3 +213,55 @@ def test_index_of_another_model_is_refused(workplace, tmp_path, capsys, model, p
 def test_k_larger_than_the_index(workplace, capsys):
     assert main([*search_command(workplace), "--row", "0", "--k", "33"]) == 1
     assert "k must be from 1 to 32" in capsys.readouterr().err
+
+
+def test_codes_of_another_model_are_refused(workplace, tmp_path, capsys, model, processor):
+    hub.save(model, processor, tmp_path / "other")
+    codes = ["--codes", str(workplace / "codes.parquet"), "--model", str(tmp_path / "other")]
+    assert main(["index", *codes, "--output", str(tmp_path / "index.faiss")]) == 1
+    assert "were made by another model" in capsys.readouterr().err
+    assert main(["search", "--dataset", str(workplace / "pictures"), *codes, "--row", "0"]) == 1
+    assert "were made by another model" in capsys.readouterr().err
+    assert not (tmp_path / "index.faiss").exists()
+
+
+def test_codes_of_a_folder_that_has_changed_are_refused(workplace, tmp_path, capsys, pictures):
+    shutil.copytree(workplace / "pictures", tmp_path / "pictures")
+    pictures[0].save(tmp_path / "pictures" / "even" / "000.png")
+    asked = ["search", "--dataset", str(tmp_path / "pictures"), "--model", str(workplace / "model"), "--row", "0"]
+    assert main([*asked, "--codes", str(workplace / "codes.parquet")]) == 1
+    assert "those of other pictures (32 rows)" in capsys.readouterr().err
+    (tmp_path / "pictures" / "odd" / "31.png").unlink()  # as many rows as before, other files
+    assert main([*asked, "--codes", str(workplace / "codes.parquet")]) == 1
+    assert "those of other pictures" in capsys.readouterr().err
+
+
+def test_parquet_of_paths_is_searched_and_drawn(workplace, tmp_path, capsys):
+    files = sorted(str(path) for path in (workplace / "pictures").rglob("*.png"))
+    datasets.Dataset.from_dict({"image": files}).to_parquet(str(tmp_path / "paths.parquet"))
+    asked = ["search", "--dataset", str(tmp_path / "paths.parquet"), "--model", str(workplace / "model"), "--k", "3"]
+    assert main([*asked, "--row", "4", "--grid", str(tmp_path / "grid.png")]) == 0
+    assert len(table(capsys.readouterr().out)) == 3
+    assert PIL.Image.open(tmp_path / "grid.png").width > 300
+
+
+def test_query_that_cannot_be_read_is_named(workplace, tmp_path, capsys):
+    PIL.Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")
+    (tmp_path / "text.png").write_text("no picture")
+    for name in ("huge.png", "text.png"):
+        assert main([*search_command(workplace), "--query", str(tmp_path / name)]) == 1
+        error = capsys.readouterr().err
+        assert name in error
+        assert "Traceback" not in error
+
+
+def test_label_of_a_row_without_one_is_empty():
+    assert [label_name(["a", "b"], label) for label in (0, 1, -1, None)] == ["a", "b", "", ""]
+
+
+def test_without_faiss_the_pip_line_is_named():
+    program = "import sys; sys.modules['faiss'] = None; from tcq_hf.cli import main; sys.exit(main(['--version']))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "pip install 'tcq_hf[cpu]'" in done.stderr
+    assert "Traceback" not in done.stderr

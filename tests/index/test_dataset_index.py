@@ -359,3 +359,16 @@ def test_codes_leave_through_plain_arrow(encoded):
     column = encoded.with_format("arrow")[:].column("codes").combine_chunks()
     assert column.type == pa.list_(pa.uint8(), 4) or column.type.list_size == 4
     np.testing.assert_array_equal(np.array(column.to_pylist(), np.uint8), codes_array(encoded))
+
+
+def test_an_index_without_our_codebooks_is_refused(encoded_flat, model, processor):
+    with pytest.raises(ValueError, match="IndexFlat without the model's codebooks"):
+        search(encoded_flat, 0, model, processor, k=2)
+
+
+@pytest.fixture
+def encoded_flat(dataset, model, processor):
+    """With the index that datasets makes by default: L2 distances, smaller is closer."""
+    encoded = encode_dataset(dataset, model, processor, embeddings=True)
+    encoded.add_faiss_index("embedding")
+    return encoded

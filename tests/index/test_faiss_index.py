@@ -207,7 +207,8 @@ def test_invariant_5_datasets_train_size_raises_and_keeps_the_codebooks(codebook
 def test_invariant_5_another_models_index_is_recognised_by_its_codebooks(codebooks):
     check_index_belongs(build_index(codebooks), codebooks)
     near = codebooks.copy()
-    near[0, 0] = np.nextafter(near[0, 0], 2, dtype=np.float32)
+    near[0, 0] += 1e-3
+    near[0, 0] /= np.linalg.norm(near[0, 0])
     for other in (random_codebooks(seed=5), random_codebooks(4, 32), near):
         with pytest.raises(ValueError, match="belongs to another model"):
             check_index_belongs(build_index(codebooks), other)
@@ -637,3 +638,13 @@ def test_to_gpu_without_gpu_faiss_names_the_extra():
 def test_to_gpu_refuses_what_the_kernels_refuse(num_codebooks, codebook_size, num_lists, match):
     with pytest.raises(ValueError, match=match):
         to_gpu(build_index(random_codebooks(num_codebooks, codebook_size, 2)), num_lists=num_lists)
+
+
+def test_codebooks_belong_but_for_their_last_bits(codebooks):
+    """Processors normalise with other roundings: one unit in the last place is still the same model."""
+    index = build_index(codebooks)
+    check_index_belongs(index, np.nextafter(codebooks, np.float32(2)))
+    other = codebooks.copy()
+    other[0, 0] = -other[0, 0]
+    with pytest.raises(ValueError, match="another model"):
+        check_index_belongs(index, other)
