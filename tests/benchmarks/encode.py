@@ -20,8 +20,9 @@ pictures, and the bare timm forward runs before and after it on tensors that are
 two times. Nothing is read from the cache."""
 
 NOTES = """On a CPU the model uses every core, so decoding can only be added: the default (`num_workers=0`) decodes each
-batch in a thread a core between two forward passes. Three runs on this shared machine gave medians of 0.946, 0.829 and
-0.845 for JPEG files: short of the 0.9 that we want. Worker processes (`num_workers=1`) compete with the model for the
+batch in a thread a core between two forward passes. Three runs, of 512, 192 and 384
+pictures (the first beside other load), gave medians of 0.946, 0.829 and 0.845 for JPEG files; this page is the
+last. Worker processes (`num_workers=1`) compete with the model for the
 cores and are slower here; on a GPU they are the default. `dataset.map` is what the guides of `datasets` show: timm's
 transform and the model in one function, on pictures that `datasets` has decoded one by one."""
 

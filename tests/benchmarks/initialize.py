@@ -30,7 +30,7 @@ DEAL = """## Why the principal components are rotated
 Measured on other queries: the 341 of the validation split against the 3,068 of train; 32 bits, D = 128, seed 0. The
 rows deal the centred principal components to the four sub-spaces in different ways, before the sub-vectors are scaled
 to unit norm, and try other starts. A first trial, on the test queries, had led to rotation, centring and D = 128; these
-queries confirm it."""
+queries confirm rotation and centring; D = 192 is no worse than 128."""
 
 
 def main() -> None:
