@@ -2,8 +2,8 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from datasets.utils import tqdm
 
 from .code_cache import CHUNK_ROWS, cache_key, chunk_path, write_chunk
 from .decoding import PictureBatch, decode_batch, decoded_batches, raw_pictures, row_batches
+from .streams import in_streams, stream_count
 
 if TYPE_CHECKING:
     from tcq_hf.model.image_processing_tcq import TCQImageProcessor
@@ -28,6 +29,12 @@ logger = logging.getLogger(__name__)
 
 # Column of a cache file: why a picture could not be read, or null.
 _ERROR = "_error"
+
+# Rows of a stream of pictures that are held at the same time, as long as a batch has fewer.
+_ROWS_AT_ONCE = 512
+
+# pixel_values on the device of the model in, arrays by name out.
+_Step = Callable[[torch.Tensor], dict[str, np.ndarray]]
 
 
 def encode_dataset(
@@ -56,8 +63,8 @@ def encode_dataset(
         image_column: Column of images: the `Image` feature, paths or encoded bytes.
         embeddings: Add the `embedding` column too.
         batch_size: Pictures in one forward pass.
-        num_workers: Processes that decode beside the model; 0 decodes between its steps, in a thread a core. None takes
-            0 on a CPU, where the model uses every core anyway, and otherwise a process a core but one, at most 8.
+        num_workers: Processes that decode beside the model. None takes 0 on a CPU, where each core decodes and encodes
+            batches of its own, and otherwise a process a core but one, at most 8.
         device: Moves the model there; None leaves it where it is.
         dtype: Autocast dtype of the backbone, `torch.bfloat16` or `torch.float16`; None runs as the weights are.
         on_error: `"raise"` stops at the first picture that cannot be read, naming row and path; `"skip"` leaves such
@@ -110,13 +117,15 @@ def extract_features(
     job = _Job(model, processor, image_column, batch_size, num_workers, device, dtype, on_error)
     pictures = raw_pictures(dataset, image_column)
     parts, skipped = [], []
-    with tqdm(total=len(dataset), unit="img", desc="Extracting features") as bar:
-        for batch in job.stream(pictures, row_batches(range(len(dataset)), batch_size)):
+    batches = row_batches(range(len(dataset)), batch_size)
+    with (
+        tqdm(total=len(dataset), unit="img", desc="Extracting features") as bar,
+        closing(job.stream(pictures, batches, job.features)) as stream,
+    ):
+        for batch, found in stream:
             for position, message in batch.errors.items():
                 skipped.append(job.refuse(batch.rows[position], message))
-            if batch.pixel_values is not None:
-                with job.inference():
-                    parts.append(model.get_image_features(batch.pixel_values.to(model.device)).float().cpu().numpy())
+            parts += found.values()
             bar.update(len(batch.rows))
     _report_skipped(skipped)
     return np.concatenate(parts) if parts else np.empty((0, model.projection.in_features), np.float32)
@@ -126,8 +135,8 @@ def encode_pictures(model: "TCQModel", processor: "TCQImageProcessor", pictures:
     """Embeddings float32 `[N, D]` of a picture or a list of pictures of any kind that the processor takes."""
     job = _Job(model, processor, "", 1, 0, device=None, dtype=None, on_error="raise")
     pixel_values = processor(pictures, return_tensors="pt")["pixel_values"]
-    with job.inference():
-        return job.encode(pixel_values)["embedding"]
+    with job.evaluation():
+        return job.run(job.encode, pixel_values)["embedding"]
 
 
 @dataclass
@@ -150,26 +159,49 @@ class _Job:
             raise ValueError(f"num_workers must be at least 0, got {self.num_workers}")
         if self.device is not None:
             self.model.to(self.device)
+        on_cpu = self.model.device.type == "cpu"
         if self.num_workers is None:
-            on_cpu = self.model.device.type == "cpu"
             self.num_workers = 0 if on_cpu else max(1, min(8, (os.cpu_count() or 1) - 1))
+        self.in_streams = on_cpu and self.num_workers == 0
 
     @contextmanager
-    def inference(self) -> Iterator[None]:
-        """Evaluation mode without gradients; each module's own mode comes back afterwards."""
+    def evaluation(self) -> Iterator[None]:
+        """Evaluation mode; each module's own mode comes back afterwards."""
         # A frozen backbone may stand in evaluation mode while the rest trains.
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
-        mixed = nullcontext() if self.dtype is None else torch.autocast(self.model.device.type, dtype=self.dtype)
         try:
-            with torch.inference_mode(), mixed:
-                yield
+            yield
         finally:
             for module, training in modes:
                 module.training = training
 
-    def stream(self, pictures: Dataset, batches: list[range]) -> Iterator[PictureBatch]:
-        return decoded_batches(pictures, self.processor, batches, self.num_workers)
+    def run(self, step: _Step, pixel_values: torch.Tensor | None) -> dict[str, np.ndarray]:
+        """One step without gradients, in this thread, which may be one of many; nothing for no picture."""
+        if pixel_values is None:
+            return {}
+        mixed = nullcontext() if self.dtype is None else torch.autocast(self.model.device.type, dtype=self.dtype)
+        with torch.inference_mode(), mixed:
+            return step(pixel_values.to(self.model.device))
+
+    def stream(
+        self, pictures: Dataset, batches: list[range], step: _Step
+    ) -> Iterator[tuple[PictureBatch, dict[str, np.ndarray]]]:
+        """Every batch of rows, decoded, with what the step makes of its readable pictures."""
+        with self.evaluation():
+            if self.in_streams and stream_count(len(batches)) > 1:
+                column = pictures[pictures.column_names[0]]
+                yield from in_streams(lambda rows: self.read_and_run(column[rows], rows, step, threads=1), batches)
+                return
+            for batch in decoded_batches(pictures, self.processor, batches, self.num_workers):
+                yield batch, self.run(step, batch.pixel_values)
+
+    def read_and_run(
+        self, pictures: list[Any], rows: Sequence[int], step: _Step, threads: int | None
+    ) -> tuple[PictureBatch, dict[str, np.ndarray]]:
+        """Decode one batch in this thread, or in several, and run the step on it."""
+        batch = decode_batch(self.processor, pictures, rows, threads)
+        return batch, self.run(step, batch.pixel_values)
 
     def refuse(self, row: int, message: str) -> str:
         """Raise for an unreadable picture, or give the text to log for it."""
@@ -179,8 +211,11 @@ class _Job:
         return text
 
     def encode(self, pixel_values: torch.Tensor) -> dict[str, np.ndarray]:
-        output = self.model(pixel_values=pixel_values.to(self.model.device))
+        output = self.model(pixel_values=pixel_values)
         return {"codes": output.codes.cpu().numpy(), "embedding": output.embeddings.cpu().numpy()}
+
+    def features(self, pixel_values: torch.Tensor) -> dict[str, np.ndarray]:
+        return {"features": self.model.get_image_features(pixel_values).float().cpu().numpy()}
 
 
 def _encode_table(dataset: Dataset, job: _Job, columns: dict[str, Any]) -> Dataset:
@@ -223,27 +258,26 @@ def _encode_chunks(
     """Encode the missing chunks, each written aside and renamed when whole."""
     batches = [batch for _, span in missing for batch in row_batches(range(*span), job.batch_size)]
     done = total - sum(stop - start for _, (start, stop) in missing)
-    with tqdm(total=total, initial=done, unit="img", desc="Encoding") as bar:
-        stream = job.stream(pictures, batches)
+    with (
+        tqdm(total=total, initial=done, unit="img", desc="Encoding") as bar,
+        closing(job.stream(pictures, batches, job.encode)) as stream,
+    ):
         for path, (_, stop) in missing:
             parts: list[pa.Table] = []
-            for batch in stream:
+            for batch, found in stream:
                 for position, message in batch.errors.items():
                     job.refuse(batch.rows[position], message)
-                parts.append(_encode_batch(batch, job, features))
+                parts.append(_batch_table(batch, found, features))
                 bar.update(len(batch.rows))
                 if batch.rows[-1] == stop - 1:
                     break
             write_chunk(path, pa.concat_tables(parts))
 
 
-def _encode_batch(batch: PictureBatch, job: _Job, features: Features) -> pa.Table:
+def _batch_table(batch: PictureBatch, found: dict[str, np.ndarray], features: Features) -> pa.Table:
     """Codes, embeddings and error messages of one batch; an unreadable row holds zeros and its message."""
     count, good = len(batch.rows), batch.readable()
-    found: dict[str, np.ndarray] = {}
-    if batch.pixel_values is not None:
-        with job.inference():
-            found = job.encode(batch.pixel_values)
+    if found:
         _check_finite(found["embedding"], [batch.rows[position] for position in good])
     arrays = []
     for name, feature in features.items():
@@ -263,11 +297,13 @@ def _encode_iterable(dataset: IterableDataset, job: _Job, columns: dict[str, Any
     decodes = isinstance(image, Image) and image.decode
     raw = dataset.cast_column(column, Image(decode=False)) if decodes else dataset
     encode = partial(_encode_rows, job=job, names=list(columns), decode=image.decode_example if decodes else None)
+    # So many batches at once that every stream has work.
+    batches = 2 * stream_count(_ROWS_AT_ONCE // job.batch_size) if job.in_streams else 1
     return raw.map(
         encode,
         with_indices=True,
         batched=True,
-        batch_size=job.batch_size,
+        batch_size=job.batch_size * batches,
         features=Features({**features, **columns}) if features else None,
     )
 
@@ -279,18 +315,28 @@ def _encode_rows(
     names: list[str],
     decode: Callable[[dict], Any] | None,
 ) -> dict[str, list]:
-    batch = decode_batch(job.processor, rows[job.image_column], indices, threads=job.num_workers or None)
-    _report_skipped([job.refuse(indices[position], message) for position, message in batch.errors.items()])
-    good = batch.readable()
+    pictures = rows[job.image_column]
+    batches = row_batches(range(len(indices)), job.batch_size)
+    shared = job.in_streams and stream_count(len(batches)) > 1
+    threads = 1 if shared else job.num_workers or None
+
+    def work(batch: range) -> tuple[PictureBatch, dict[str, np.ndarray]]:
+        return job.read_and_run(pictures[batch.start : batch.stop], batch, job.encode, threads)
+
+    with job.evaluation():
+        done = list(in_streams(work, batches) if shared else map(work, batches))
+    good, messages = [], []
+    for batch, found in done:
+        messages += [job.refuse(indices[batch.rows[position]], text) for position, text in batch.errors.items()]
+        readable = [batch.rows[position] for position in batch.readable()]
+        if found:
+            _check_finite(found["embedding"], [indices[position] for position in readable])
+        good += readable
+    _report_skipped(messages)
     kept = {name: [values[position] for position in good] for name, values in rows.items()}
     if decode is not None:
         kept[job.image_column] = [decode(picture) for picture in kept[job.image_column]]
-    if batch.pixel_values is None:
-        return kept | {name: [] for name in names}
-    with job.inference():
-        found = job.encode(batch.pixel_values)
-    _check_finite(found["embedding"], [indices[position] for position in good])
-    return kept | {name: found[name].tolist() for name in names}
+    return kept | {name: [row for _, found in done if found for row in found[name].tolist()] for name in names}
 
 
 def _check_dataset(dataset: Any, image_column: str) -> None:
