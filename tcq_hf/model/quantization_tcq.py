@@ -85,6 +85,19 @@ class ProductQuantizer(nn.Module):
         books = torch.arange(self.codebooks.shape[0], device=codes.device)
         return self.normalized_codebooks()[books, codes.long()].flatten(1)
 
+    def soft_reconstruct(self, assignments: torch.Tensor) -> torch.Tensor:
+        """Assignment-weighted mean of the codewords: the soft reconstruction that training uses.
+
+        Args:
+            assignments: float32 `[N, M, K]`.
+
+        Returns:
+            float32 `[N, D]`, differentiable in assignments and codebooks.
+        """
+        with torch.autocast(assignments.device.type, enabled=False):
+            means = torch.bmm(assignments.float().transpose(0, 1), self.normalized_codebooks())
+            return means.transpose(0, 1).flatten(1)
+
     @torch.no_grad()
     def initialize(self, embeddings: torch.Tensor, seed: int = 0, iterations: int = 25) -> None:
         """Set the codebooks to the spherical k-means centroids of the sub-vectors, one clustering a sub-space.
