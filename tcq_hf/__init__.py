@@ -13,10 +13,13 @@ from .model.image_processing_tcq import TCQImageProcessor
 from .model.modeling_tcq import TCQModel, TCQOutput
 
 if TYPE_CHECKING:
-    from .evaluation.metrics import mean_average_precision
+    from .evaluation.metrics import evaluate, mean_average_precision
     from .index.dataset_index import add_code_index, codes_array, search
     from .index.encoding import encode_dataset, extract_features
     from .index.faiss_index import add_codes, build_index, load_index, save_index, to_gpu
+    from .training.arguments import TCQTrainingArguments
+    from .training.feature_cache import FeatureCache
+    from .training.trainer import TCQTrainer
 
 __version__ = "0.1.0"
 
@@ -42,7 +45,11 @@ _LAZY = {
     "add_code_index": "index.dataset_index",
     "codes_array": "index.dataset_index",
     "search": "index.dataset_index",
+    "evaluate": "evaluation.metrics",
     "mean_average_precision": "evaluation.metrics",
+    "FeatureCache": "training.feature_cache",
+    "TCQTrainer": "training.trainer",
+    "TCQTrainingArguments": "training.arguments",
 }
 
 __all__ = ["TCQConfig", "TCQImageProcessor", "TCQModel", "TCQOutput", "__version__", *_LAZY]

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import PIL.Image
 import torch
 from datasets import Dataset, Image
 
@@ -40,6 +41,23 @@ def raw_pictures(dataset: Dataset, column: str) -> Dataset:
     return (
         pictures.cast_column(column, Image(decode=False)) if isinstance(dataset.features[column], Image) else pictures
     )
+
+
+def read_picture(pictures: Dataset, processor: "TCQImageProcessor", row: int) -> PIL.Image.Image:
+    """One picture of a dataset from `raw_pictures`, upright, 8-bit, RGB or grey as the processor wants it.
+
+    Raises:
+        ValueError: If it cannot be read, naming its row and path.
+    """
+    (picture,) = pictures[row].values()
+    try:
+        return processor.process_image(_opened(picture))
+    except MemoryError:
+        raise  # says nothing about the picture
+    except Exception as error:  # Pillow raises almost anything on damaged files
+        raise ValueError(
+            f"cannot read the picture in row {row}{_place(picture)}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def row_batches(rows: range, size: int) -> list[range]:

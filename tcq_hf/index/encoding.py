@@ -135,8 +135,21 @@ def encode_pictures(model: "TCQModel", processor: "TCQImageProcessor", pictures:
     """Embeddings float32 `[N, D]` of a picture or a list of pictures of any kind that the processor takes."""
     job = _Job(model, processor, "", 1, 0, device=None, dtype=None, on_error="raise")
     pixel_values = processor(pictures, return_tensors="pt")["pixel_values"]
-    with job.evaluation():
+    with evaluation_mode(model):
         return job.run(job.encode, pixel_values)["embedding"]
+
+
+@contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode; each module's own mode comes back afterwards."""
+    # A frozen backbone may stand in evaluation mode while the rest trains.
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @dataclass
@@ -164,18 +177,6 @@ class _Job:
             self.num_workers = 0 if on_cpu else max(1, min(8, (os.cpu_count() or 1) - 1))
         self.in_streams = on_cpu and self.num_workers == 0
 
-    @contextmanager
-    def evaluation(self) -> Iterator[None]:
-        """Evaluation mode; each module's own mode comes back afterwards."""
-        # A frozen backbone may stand in evaluation mode while the rest trains.
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
-
     def run(self, step: _Step, pixel_values: torch.Tensor | None) -> dict[str, np.ndarray]:
         """One step without gradients, in this thread, which may be one of many; nothing for no picture."""
         if pixel_values is None:
@@ -188,7 +189,7 @@ class _Job:
         self, pictures: Dataset, batches: list[range], step: _Step
     ) -> Iterator[tuple[PictureBatch, dict[str, np.ndarray]]]:
         """Every batch of rows, decoded, with what the step makes of its readable pictures."""
-        with self.evaluation():
+        with evaluation_mode(self.model):
             if self.in_streams and stream_count(len(batches)) > 1:
                 column = pictures[pictures.column_names[0]]
                 yield from in_streams(lambda rows: self.read_and_run(column[rows], rows, step, threads=1), batches)
@@ -323,7 +324,7 @@ def _encode_rows(
     def work(batch: range) -> tuple[PictureBatch, dict[str, np.ndarray]]:
         return job.read_and_run(pictures[batch.start : batch.stop], batch, job.encode, threads)
 
-    with job.evaluation():
+    with evaluation_mode(job.model):
         done = list(in_streams(work, batches) if shared else map(work, batches))
     good, messages = [], []
     for batch, found in done:

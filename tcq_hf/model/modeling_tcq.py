@@ -208,8 +208,21 @@ class TCQModel(PreTrainedModel):
         return self
 
     def freeze_backbone(self) -> "TCQModel":
-        """Stop gradients into the backbone; projection and codebooks stay trainable."""
+        """Stop gradients into the backbone; projection and codebooks stay trainable.
+
+        Parts can be thawed again: `model.backbone.blocks[-2:].requires_grad_(True)`. What is frozen stays in evaluation
+        mode, without dropout and with its running statistics, when the model trains.
+        """
         self.backbone.requires_grad_(False)
+        return self.train(self.training)
+
+    def train(self, mode: bool = True) -> "TCQModel":
+        """Set the training mode of everything that is not frozen."""
+        super().train(mode)
+        for module in self.backbone.modules():
+            parameters = list(module.parameters())
+            if parameters and not any(parameter.requires_grad for parameter in parameters):
+                module.eval()
         return self
 
     def codebooks(self) -> np.ndarray:

@@ -1,0 +1,110 @@
+"""TCQTrainingArguments: the arguments of transformers' Trainer and those of the contrastive loss."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from transformers import TrainingArguments
+
+from .negatives import FilterName, negative_filter
+from .views import PRESETS
+
+
+@dataclass
+class TCQTrainingArguments(TrainingArguments):
+    """Arguments of `TCQTrainer`: all of `TrainingArguments`, some with other defaults, and those below.
+
+    Other defaults: batches of 128 pictures a device, learning rate 1e-3 with a cosine schedule, 20 epochs, the last
+    short batch left out, all columns kept.
+
+    Raises:
+        ValueError: For an impossible value, naming the argument.
+    """
+
+    temperature: float = field(default=0.3, metadata={"help": "Temperature T of the contrastive loss."})
+    loss_form: Literal["soft", "cross"] = field(
+        default="soft",
+        metadata={
+            "help": "What is contrasted: the soft reconstructions of both views (soft), or the embedding of one view "
+            "with the soft reconstruction of the other (cross)."
+        },
+    )
+    negative_filter: FilterName = field(
+        default="fraction",
+        metadata={"help": "Which negatives leave the loss: none, fraction, topk, threshold or margin."},
+    )
+    negative_share: float = field(
+        default=0.1,
+        metadata={"help": "For fraction: share of the negatives that leave the loss, most similar first."},
+    )
+    negative_count: int = field(default=0, metadata={"help": "For topk: number of negatives that leave the loss."})
+    negative_threshold: float = field(
+        default=1.0, metadata={"help": "For threshold: cosine above which a negative leaves the loss."}
+    )
+    negative_margin: float = field(
+        default=0.0, metadata={"help": "For margin: a negative less than this below the positive leaves the loss."}
+    )
+    clip_start: float = field(default=0.0, metadata={"help": "Epoch from which on the filter works."})
+    debias_prior: float | None = field(
+        default=None, metadata={"help": "Probability of a false negative, to debias the loss with; none leaves it."}
+    )
+    usage_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the regulariser that makes all codewords be used."}
+    )
+    diversity_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the regulariser that centres each codebook."}
+    )
+    views: str = field(
+        default="photo", metadata={"help": f"Augmentation of the pictures, one of {', '.join(PRESETS)}."}
+    )
+    feature_dropout: float = field(
+        default=0.1, metadata={"help": "Dropout of the features when training from a FeatureCache."}
+    )
+    backbone_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the backbone; by default a hundredth of learning_rate."}
+    )
+    image_column: str = field(default="image", metadata={"help": "Column of the pictures."})
+    label_column: str = field(default="label", metadata={"help": "Column of class labels, used by evaluation alone."})
+
+    per_device_train_batch_size: int = field(default=128, metadata={"help": "Pictures in a batch, for each device."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Pictures in a batch of evaluation."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of projection and codebooks."})
+    num_train_epochs: float = field(default=20.0, metadata={"help": "Epochs."})
+    lr_scheduler_type: Any = field(default="cosine", metadata={"help": "Schedule of the learning rates."})
+    dataloader_drop_last: bool = field(
+        default=True, metadata={"help": "Leave out the last short batch, which has fewer negatives."}
+    )
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.cuda.is_available, metadata={"help": "Pin batches in memory, for a GPU."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: pictures are a column."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.make_filter()
+        for name in ("temperature", "clip_start", "usage_weight", "diversity_weight"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf or (name == "temperature" and not value):
+                bound = "positive" if name == "temperature" else "at least 0"
+                raise ValueError(f"{name} must be {bound} and finite, got {value}")
+        if self.debias_prior is not None and not 0 <= self.debias_prior < 1:
+            raise ValueError(f"debias_prior must be at least 0 and below 1, got {self.debias_prior}")
+        if not 0 <= self.feature_dropout < 1:
+            raise ValueError(f"feature_dropout must be at least 0 and below 1, got {self.feature_dropout}")
+        if self.loss_form not in ("soft", "cross"):
+            raise ValueError(f"loss_form must be 'soft' or 'cross', got {self.loss_form!r}")
+        if self.views not in PRESETS:
+            raise ValueError(f"views must be one of {', '.join(PRESETS)}, got {self.views!r}")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must be False: the column of pictures is none that forward() names")
+
+    def make_filter(self) -> Any:
+        """The `NegativeFilter` that these arguments describe."""
+        return negative_filter(
+            self.negative_filter,
+            share=self.negative_share,
+            count=self.negative_count,
+            threshold=self.negative_threshold,
+            margin=self.negative_margin,
+        )

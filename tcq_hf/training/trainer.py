@@ -1,0 +1,344 @@
+"""TCQTrainer: transformers' Trainer for learning codes from pictures without labels."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import nn
+from transformers import EvalPrediction, Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PredictionOutput, rotate_checkpoints
+
+from tcq_hf import hub
+from tcq_hf.model.image_processing_tcq import TCQImageProcessor
+from tcq_hf.model.modeling_tcq import TCQModel, TCQOutput
+
+from .arguments import TCQTrainingArguments
+from .batches import EpochOrder, EvaluationViews, TrainingViews, as_batch, class_labels
+from .feature_cache import EvaluationFeatures, FeatureCache, TrainingFeatures
+from .figures import perplexity, retrieval_figures
+from .objective import Objective
+from .views import PRESETS, augment
+
+# Checkpoints lie here until they are whole.
+_ASIDE = ".saving"
+
+
+class TCQTrainer(Trainer):
+    """Trains a `TCQModel` with the clipped contrastive loss; used as transformers' `Trainer`.
+
+    Logs, beside the loss: `dropped_share` of the negatives, `codebook_perplexity` (codewords in use, 1 to K) and
+    `embedding_spread` (mean of 1 - cosine over all pairs, 0 when all embeddings are one). `evaluate` gives, with class
+    labels, `eval_map` and `eval_map_strict` at k = 1,000 and `eval_precision@k`, where each row queries the others; and
+    always the label-free `eval_quantization_error` (mean of 1 - score / M of a picture with its own code) and, where
+    views are at hand, `eval_loss` and `eval_view_recall@1` (share of pictures that a changed copy finds first).
+    `predict` gives embeddings `[N, D]` and codes `[N, M]`. Each checkpoint holds what `hub.save` writes.
+
+    Args:
+        model: A `TCQModel`, best one whose projection and codebooks `initialize` has set.
+        args: Arguments.
+        train_dataset: A `datasets.Dataset` with pictures, or a `FeatureCache` of a model with a frozen backbone.
+        eval_dataset: Likewise, or several by name.
+        processing_class: The image processor; that of the `FeatureCache` by default.
+        compute_metrics: Instead of the figures above.
+        **kwargs: Further arguments of `Trainer`.
+
+    Raises:
+        TypeError: For a dataset of another kind or a label column without integers.
+        ValueError: For a missing column, fewer pictures than a batch, a batch without negatives.
+    """
+
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: TCQModel | None = None,
+        args: TCQTrainingArguments | None = None,
+        train_dataset: datasets.Dataset | FeatureCache | None = None,
+        eval_dataset: datasets.Dataset | FeatureCache | dict[str, Any] | None = None,
+        processing_class: TCQImageProcessor | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = TCQTrainingArguments() if args is None else args
+        for given in (train_dataset, eval_dataset):
+            if processing_class is None and isinstance(given, FeatureCache):
+                processing_class = given.processor
+        if processing_class is None:
+            raise ValueError("processing_class must be the TCQImageProcessor of the model, got None")
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=as_batch,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics or self._figures,
+            **kwargs,
+        )
+        self._objective = Objective(args)
+        self._preset = PRESETS[args.views]
+        self._sums: dict[str, torch.Tensor] = {}
+        self._summed = 0
+        self._results: dict[str, float] = {}
+        self._aside: Path | None = None
+        if train_dataset is not None:
+            self._check_training(train_dataset)
+
+    # ---- Data ----
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        """Batches of two views of each picture, each view with a draw of its own from (seed, epoch, row, view)."""
+        given = self.train_dataset
+        if given is None:
+            raise ValueError("training needs a train_dataset")
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        if isinstance(given, FeatureCache):
+            views = TrainingFeatures(given, seed)
+        else:
+            views = TrainingViews(
+                given, self.processing_class, self.args.image_column, self._core.config.image_size, self._preset, seed
+            )
+        order = EpochOrder(len(views), seed)
+        self.pop_callback(_OrderOfEpoch)
+        self.add_callback(_OrderOfEpoch(order))
+        return self._get_dataloader(
+            views, "Training", self._train_batch_size, sampler_fn=lambda _: order, is_training=True
+        )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
+        """Batches of pictures as search sees them, of a fixed view of each, and of labels."""
+        given = self.eval_dataset if eval_dataset is None else eval_dataset
+        given = self.eval_dataset[given] if isinstance(given, str) else given
+        if given is None:
+            raise ValueError("evaluation needs an eval_dataset")
+        return self._evaluation_batches(given, "eval_dataset", with_view=True)
+
+    def get_test_dataloader(self, test_dataset: Any) -> torch.utils.data.DataLoader:
+        """Batches of pictures as search sees them, and of labels."""
+        return self._evaluation_batches(test_dataset, "test_dataset", with_view=False)
+
+    def _evaluation_batches(self, given: Any, name: str, with_view: bool) -> torch.utils.data.DataLoader:
+        self._check_dataset(given, name)
+        if isinstance(given, FeatureCache):
+            batches = EvaluationFeatures(given, class_labels(given.dataset, self.args.label_column), with_view)
+        else:
+            labels, side = class_labels(given, self.args.label_column), self._core.config.image_size
+            batches = EvaluationViews(
+                *(given, self.processing_class, self.args.image_column, side, self._preset, self.args.seed),
+                labels=labels,
+                with_view=with_view,
+            )
+        return self._get_dataloader(batches, name, self.args.eval_batch_size, sampler_fn=self._get_eval_sampler)
+
+    def _check_training(self, given: Any) -> None:
+        self._check_dataset(given, "train_dataset")
+        images = self.args.train_batch_size * self.args.world_size
+        self._objective.check_batch(images)
+        if len(given) < images and self.args.dataloader_drop_last:
+            raise ValueError(
+                f"train_dataset has {len(given)} pictures, fewer than one batch of {images}; lower "
+                "per_device_train_batch_size"
+            )
+        frozen = not any(parameter.requires_grad for parameter in self._core.backbone.parameters())
+        if isinstance(given, FeatureCache) and not frozen:
+            raise ValueError(
+                "a FeatureCache holds the features of a frozen backbone: call model.freeze_backbone() first"
+            )
+
+    def _check_dataset(self, given: Any, name: str) -> None:
+        if isinstance(given, FeatureCache):
+            return
+        if not isinstance(given, datasets.Dataset):
+            raise TypeError(f"{name} must be a datasets.Dataset or a FeatureCache, got {type(given).__name__}")
+        if self.args.image_column not in given.column_names:
+            raise ValueError(
+                f"{name} has no column {self.args.image_column!r} (image_column); its columns are {given.column_names}"
+            )
+
+    # ---- Loss ----
+
+    @property
+    def _core(self) -> TCQModel:
+        """The model itself, outside of what the Trainer wraps it in."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **_: Any
+    ) -> torch.Tensor | tuple[torch.Tensor, TCQOutput]:
+        """Loss of a batch of two views, over the joint batch of all processes."""
+        output = model(**self._two_views(inputs))
+        loss, figures = self._objective(output, self._core.quantizer, self.state.epoch or 0.0, joint=model.training)
+        if model.training:
+            if not loss.isfinite():
+                raise FloatingPointError(
+                    f"the loss is {loss.item()} at step {self.state.global_step}: lower learning_rate or "
+                    "backbone_learning_rate, or train in float32; the last checkpoint is whole"
+                )
+            for name, value in figures.items():
+                self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._summed += 1
+        return (loss, output) if return_outputs else loss
+
+    def _two_views(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Arguments of the model for the views of a batch."""
+        if "features" in inputs:
+            dropout = self.args.feature_dropout if self.model.training else 0.0
+            return {"features": nn.functional.dropout(inputs["features"], dropout)}
+        processor = self.processing_class
+        views = augment(inputs["crops"], inputs["draws"], self._preset, processor.image_mean, processor.image_std)
+        # In evaluation the first view is the picture as search sees it.
+        own = [inputs["pixel_values"]] if "pixel_values" in inputs else []
+        return {"pixel_values": torch.cat([*own, views])}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the figures of the steps since the last time beside the loss."""
+        if "loss" in logs and self._summed:
+            logs["dropped_share"] = float(self._sums["dropped_share"]) / self._summed
+            logs["codebook_perplexity"] = perplexity(self._sums["chosen"])
+            logs["embedding_spread"] = float(self._sums["embedding_spread"]) / self._summed
+            self._sums, self._summed = {}, 0
+        super().log(logs, start_time)
+
+    # ---- Evaluation ----
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, Any, torch.Tensor | None]:
+        """Loss of a batch, its embeddings, codes and the embeddings of the views, and its labels."""
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.pop("labels")
+        with torch.no_grad(), self.compute_loss_context_manager():
+            if "crops" in inputs or len(inputs.get("features", ())) == 2 * len(labels):
+                loss, output = self.compute_loss(model, inputs, return_outputs=True)
+            else:
+                loss, output = None, model(**inputs)
+        if prediction_loss_only:
+            return loss, None, None
+        own, views = output.embeddings[: len(labels)], output.embeddings[len(labels) :]
+        found = (own, output.codes[: len(labels)], *([views] if len(views) else []))
+        return loss, tuple(tensor.detach() for tensor in found), labels
+
+    def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
+        """Embeddings and codes of a dataset, and the figures; `label_ids` is None where there are no labels."""
+        output = super().predict(*args, **kwargs)
+        return output if (output.label_ids >= 0).any() else output._replace(label_ids=None)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Figures of `eval_dataset`, or of another dataset."""
+        self._results = super().evaluate(*args, **kwargs)
+        return self._results
+
+    def _figures(self, prediction: EvalPrediction) -> dict[str, float]:
+        return retrieval_figures(prediction.predictions, prediction.label_ids, self._core.codebooks(), self.args.seed)
+
+    # ---- Optimiser ----
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's optimiser with the backbone in groups of their own, at their own learning rate."""
+        if self.optimizer is None:
+            super().create_optimizer(model)
+            rate = self.args.backbone_learning_rate
+            rate = self.args.learning_rate / 100 if rate is None else rate
+            inside = {id(parameter) for parameter in self._core.backbone.parameters()}
+            for group in list(self.optimizer.param_groups):
+                backbone = [parameter for parameter in group["params"] if id(parameter) in inside]
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in inside]
+                if backbone:
+                    self.optimizer.add_param_group({**group, "params": backbone, "lr": rate})
+        return self.optimizer
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """As the Trainer has it, without the codebooks, whose norm plays no part."""
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith("quantizer.codebooks")]
+
+    # ---- Saving ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        hub.save(self._core, self.processing_class, folder, *self._card(), model_id=self.hub_model_id)
+        torch.save(self.args, folder / TRAINING_ARGS_NAME)
+
+    def create_model_card(self, *args: Any, model_name: str | None = None, **kwargs: Any) -> None:
+        """Write the model card of the package."""
+        if self.is_world_process_zero():
+            card = hub.model_card(self._core, *self._card(), self.hub_model_id or model_name or "")
+            Path(self.args.output_dir, "README.md").write_text(card, encoding="utf-8")
+
+    def _card(self) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Rows of figures and recipe for the model card."""
+        names = {"map": "mAP@1000", "map_strict": "mAP@1000, min(k, relevant)", "precision@10": "P@10"}
+        row = {
+            text: f"{self._results[f'eval_{name}']:.4f}"
+            for name, text in names.items()
+            if f"eval_{name}" in self._results
+        }
+        if not row:
+            return [], {}
+        args = self.args
+        recipe = {
+            "data": "each row of the evaluation set queries the others",
+            "denominator and ties": "hits within k, ties at random; min(k, relevant), ties in expectation",
+            "training": f"step {self.state.global_step}, seed {args.seed}, filter {args.negative_filter} "
+            f"({args.negative_share}), temperature {args.temperature}, learning rate {args.learning_rate}",
+        }
+        return [{"search with": f"{self._core.config.bits}-bit codes", **row}], recipe
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._aside is None else str(self._aside)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As the Trainer does it, but aside, so that a folder named checkpoint-N is always whole."""
+        run_dir = Path(self._get_output_dir(trial))
+        target, aside = run_dir / f"checkpoint-{self.state.global_step}", run_dir / _ASIDE
+        if self.args.should_save:
+            shutil.rmtree(aside, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._aside = aside
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._aside = None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self._name_checkpoint(aside / target.name, target)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(target))
+
+    def _name_checkpoint(self, written: Path, target: Path) -> None:
+        if self.state.best_model_checkpoint == str(written):
+            self.state.best_model_checkpoint = str(target)
+            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+        if target.exists():
+            target.rename(written.with_name("replaced"))
+        written.rename(target)
+        shutil.rmtree(written.parent)
+        best, limit = self.state.best_model_checkpoint, self.args.save_total_limit
+        rotate_checkpoints(
+            output_dir=str(target.parent), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._aside is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+
+class _OrderOfEpoch(TrainerCallback):
+    """Tells the order which epoch begins, however deep the Trainer has wrapped it."""
+
+    def __init__(self, order: EpochOrder) -> None:
+        self.order = order
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # An epoch ends at a whole number, up to rounding.
+        self.order.set_epoch(int((state.epoch or 0.0) + 1e-6))
