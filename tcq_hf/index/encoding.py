@@ -216,7 +216,8 @@ class _Job:
         return {"codes": output.codes.cpu().numpy(), "embedding": output.embeddings.cpu().numpy()}
 
     def features(self, pixel_values: torch.Tensor) -> dict[str, np.ndarray]:
-        return {"features": self.model.get_image_features(pixel_values).float().cpu().numpy()}
+        # A copy: the class token is a view that would keep all tokens of the batch alive.
+        return {"features": self.model.get_image_features(pixel_values).float().cpu().numpy().copy()}
 
 
 def _encode_table(dataset: Dataset, job: _Job, columns: dict[str, Any]) -> Dataset:

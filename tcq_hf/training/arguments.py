@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 
 from .negatives import FilterName, negative_filter
 from .views import PRESETS
@@ -71,7 +71,9 @@ class TCQTrainingArguments(TrainingArguments):
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Pictures in a batch of evaluation."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of projection and codebooks."})
     num_train_epochs: float = field(default=20.0, metadata={"help": "Epochs."})
-    lr_scheduler_type: Any = field(default="cosine", metadata={"help": "Schedule of the learning rates."})
+    lr_scheduler_type: SchedulerType | str = field(
+        default="cosine", metadata={"help": "Schedule of the learning rates."}
+    )
     dataloader_drop_last: bool = field(
         default=True, metadata={"help": "Leave out the last short batch, which has fewer negatives."}
     )
@@ -88,6 +90,9 @@ class TCQTrainingArguments(TrainingArguments):
             if not 0 <= value < math.inf or (name == "temperature" and not value):
                 bound = "positive" if name == "temperature" else "at least 0"
                 raise ValueError(f"{name} must be {bound} and finite, got {value}")
+        rate = self.backbone_learning_rate
+        if rate is not None and not 0 <= rate < math.inf:
+            raise ValueError(f"backbone_learning_rate must be at least 0 and finite, got {rate}")
         if self.debias_prior is not None and not 0 <= self.debias_prior < 1:
             raise ValueError(f"debias_prior must be at least 0 and below 1, got {self.debias_prior}")
         if not 0 <= self.feature_dropout < 1:

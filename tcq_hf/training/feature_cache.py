@@ -44,7 +44,8 @@ class FeatureCache:
         batch_size: Pictures in one forward pass.
 
     Raises:
-        ValueError: For a missing column, an unknown preset, an unreadable picture or features that are not finite.
+        TypeError: If it is no dataset of one split.
+        ValueError: For an impossible value, a missing column, an unreadable picture or features that are not finite.
     """
 
     def __init__(
@@ -58,8 +59,12 @@ class FeatureCache:
         image_column: str = "image",
         batch_size: int = 32,
     ) -> None:
-        if views < 1:
-            raise ValueError(f"views must be at least 1, got {views}")
+        if not isinstance(dataset, Dataset):
+            hint = "; choose a split, e.g. dataset['train']" if isinstance(dataset, dict) else ""
+            raise TypeError(f"dataset must be a datasets.Dataset, got {type(dataset).__name__}{hint}")
+        for name, value in (("views", views), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if image_column not in dataset.column_names:
             raise ValueError(f"the dataset has no column {image_column!r}; its columns are {dataset.column_names}")
         if isinstance(preset, str) and preset not in PRESETS:
@@ -67,6 +72,7 @@ class FeatureCache:
         self.dataset, self.processor, self.views = dataset, processor, views
         chosen = PRESETS[preset] if isinstance(preset, str) else preset
         source = TrainingViews(dataset, processor, image_column, model.config.image_size, chosen, seed)
+        self._width = model.projection.in_features
         self._parts = _computed(source, model, views, batch_size)
 
     def __len__(self) -> int:
@@ -74,7 +80,7 @@ class FeatureCache:
 
     def features(self, view: int = 0) -> np.ndarray:
         """Features of one view of every picture, float32 `[N, F]`, copied from the disk."""
-        return np.concatenate(self._parts[view]) if self._parts[view] else np.empty((0, 0), np.float32)
+        return np.concatenate([np.empty((0, self._width), np.float32), *self._parts[view]])
 
     def rows(self, rows: Sequence[int], views: Sequence[int]) -> torch.Tensor:
         """Features of the given view of each given row, float32 `[n, F]`."""
@@ -202,6 +208,7 @@ def _step(source: TrainingViews, model: "TCQModel", view: int) -> Callable[[rang
 
     def run(rows: range) -> np.ndarray:
         with torch.inference_mode():
-            return model.get_image_features(pixel_values(rows)).float().cpu().numpy()
+            # A copy: the class token is a view that would keep all tokens of the batch alive.
+            return model.get_image_features(pixel_values(rows)).float().cpu().numpy().copy()
 
     return run

@@ -64,6 +64,8 @@ class TCQTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         args = TCQTrainingArguments() if args is None else args
+        if train_dataset is not None:
+            self._check_dataset(args, train_dataset, "train_dataset")
         for given in (train_dataset, eval_dataset):
             if processing_class is None and isinstance(given, FeatureCache):
                 processing_class = given.processor
@@ -122,7 +124,7 @@ class TCQTrainer(Trainer):
         return self._evaluation_batches(test_dataset, "test_dataset", with_view=False)
 
     def _evaluation_batches(self, given: Any, name: str, with_view: bool) -> torch.utils.data.DataLoader:
-        self._check_dataset(given, name)
+        self._check_dataset(self.args, given, name)
         if isinstance(given, FeatureCache):
             batches = EvaluationFeatures(given, class_labels(given.dataset, self.args.label_column), with_view)
         else:
@@ -132,10 +134,13 @@ class TCQTrainer(Trainer):
                 labels=labels,
                 with_view=with_view,
             )
-        return self._get_dataloader(batches, name, self.args.eval_batch_size, sampler_fn=self._get_eval_sampler)
+        dropped, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return self._get_dataloader(batches, name, self.args.eval_batch_size, sampler_fn=self._get_eval_sampler)
+        finally:
+            self.args.dataloader_drop_last = dropped
 
     def _check_training(self, given: Any) -> None:
-        self._check_dataset(given, "train_dataset")
         images = self.args.train_batch_size * self.args.world_size
         self._objective.check_batch(images)
         if len(given) < images and self.args.dataloader_drop_last:
@@ -149,14 +154,15 @@ class TCQTrainer(Trainer):
                 "a FeatureCache holds the features of a frozen backbone: call model.freeze_backbone() first"
             )
 
-    def _check_dataset(self, given: Any, name: str) -> None:
+    @staticmethod
+    def _check_dataset(args: TCQTrainingArguments, given: Any, name: str) -> None:
         if isinstance(given, FeatureCache):
             return
         if not isinstance(given, datasets.Dataset):
             raise TypeError(f"{name} must be a datasets.Dataset or a FeatureCache, got {type(given).__name__}")
-        if self.args.image_column not in given.column_names:
+        if args.image_column not in given.column_names:
             raise ValueError(
-                f"{name} has no column {self.args.image_column!r} (image_column); its columns are {given.column_names}"
+                f"{name} has no column {args.image_column!r} (image_column); its columns are {given.column_names}"
             )
 
     # ---- Loss ----

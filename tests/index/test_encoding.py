@@ -17,7 +17,7 @@ import torch
 from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, List, Value
 
 from tcq_hf import TCQImageProcessor, codes_array, encode_dataset, extract_features
-from tcq_hf.index.encoding import encode_pictures
+from tcq_hf.index.encoding import _Job, encode_pictures
 from tcq_hf.index.streams import stream_count
 
 # Other batch sizes sum in another order: a few float32 roundings of values below 1.
@@ -743,6 +743,14 @@ def test_extract_features_equals_the_backbone_row_by_row(files, pictures, model,
     expected = torch.cat(rows).numpy()
     assert found.dtype == np.float32
     assert np.abs(found - expected).max() <= EMBEDDING_TOLERANCE * max(1, np.abs(expected).max())
+
+
+def test_features_do_not_keep_the_tokens_of_their_batch_alive(pictures, model, processor):
+    job = _Job(model, processor, "image", 8, 0, None, None, "raise")
+    for count in (1, 8):
+        found = job.run(job.features, processor(pictures[:count], return_tensors="pt")["pixel_values"])["features"]
+        # The class token is a view of all tokens.
+        assert found.base is None
 
 
 def test_extract_features_follows_a_selection_and_leaves_no_gradient(files, model, processor):
