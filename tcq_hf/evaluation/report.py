@@ -1,4 +1,4 @@
-"""Figures and pictures in, tables, a picture grid and one HTML page out."""
+"""Figures and pictures in, tables, curves, a picture grid and one HTML page out."""
 
 import base64
 import io
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 import PIL.Image
 import PIL.ImageOps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -87,6 +88,36 @@ def picture_grid(rows: Sequence[Sequence[Cell]], path: str | os.PathLike, title:
             _draw(axes, cell, is_query=c == 0)
     if title:
         figure.text(gap / width, 1 - 0.5 * head / height, title, fontsize=11, va="center", color="#222222")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")
+    return path
+
+
+def curve_plot(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], path: str | os.PathLike, title: str = "") -> Path:
+    """Draw precision over recall of several searches into a PNG file.
+
+    Args:
+        curves: Recall and precision, float `[P]` each, by the name of the search; drawn in this order.
+        path: PNG file to write.
+        title: Line above the plot.
+
+    Raises:
+        ValueError: If there is nothing to draw, or recall and precision differ in length.
+    """
+    if not curves:
+        raise ValueError("a curve plot needs at least one curve")
+    figure = Figure(figsize=(6.4, 4.4), dpi=110, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), title=title)
+    for name, (recall, precision) in curves.items():
+        if np.shape(recall) != np.shape(precision) or np.ndim(recall) != 1:
+            raise ValueError(
+                f"recall and precision of {name!r} must be [P] each, got {np.shape(recall)} and {np.shape(precision)}"
+            )
+        axes.plot(recall, precision, label=name.replace("$", r"\$"), linewidth=1.6)
+    axes.grid(color="#e4e4e4")
+    axes.legend(frameon=False, fontsize=9)
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")
     return path

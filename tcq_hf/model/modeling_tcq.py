@@ -219,10 +219,8 @@ class TCQModel(PreTrainedModel):
     def train(self, mode: bool = True) -> "TCQModel":
         """Set the training mode of everything that is not frozen."""
         super().train(mode)
-        for module in self.backbone.modules():
-            parameters = list(module.parameters())
-            if parameters and not any(parameter.requires_grad for parameter in parameters):
-                module.eval()
+        if mode:
+            _rest_frozen(self.backbone)
         return self
 
     def codebooks(self) -> np.ndarray:
@@ -242,6 +240,16 @@ class TCQModel(PreTrainedModel):
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         self.backbone.set_grad_checkpointing(enable)
         self.gradient_checkpointing = enable  # what transformers reads
+
+
+def _rest_frozen(module: nn.Module) -> None:
+    """Put the largest parts without a trainable parameter into evaluation mode."""
+    parameters = list(module.parameters())
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        module.eval()
+    elif not all(parameter.requires_grad for parameter in parameters):
+        for child in module.children():
+            _rest_frozen(child)
 
 
 def _backbone_arguments(config: TCQConfig) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""Tables, picture grids and the HTML page."""
+"""Tables, curves, picture grids and the HTML page."""
 
 import numpy as np
 import PIL.Image
 import pytest
 
-from tcq_hf.evaluation.report import Cell, html_page, picture_grid, text_table
+from tcq_hf.evaluation.report import Cell, curve_plot, html_page, picture_grid, text_table
 
 ROWS = [{"name": "a", "mAP": 0.5, "rows": 12}, {"name": "longer", "mAP": 0.12345, "rows": 3}]
 
@@ -55,6 +55,28 @@ def test_grid_takes_any_mode_and_refuses_nothing(tmp_path):
         with pytest.raises(ValueError, match="at least one"):
             picture_grid(rows, tmp_path / "h.png")
     assert not (tmp_path / "h.png").exists()
+
+
+def test_curves_are_drawn_where_they_stand(tmp_path):
+    recall, precision = np.linspace(0, 1, 50), np.linspace(1, 0.2, 50)
+    drawn = {}
+    for name, curve in {"low": (recall, 0 * precision + 0.25), "high": (recall, 0 * precision + 0.75)}.items():
+        file = curve_plot({name: curve}, tmp_path / "deep" / f"{name}.png")
+        picture = np.asarray(PIL.Image.open(file).convert("RGB")).astype(int)
+        rows, columns = np.nonzero(np.abs(picture - (0x1F, 0x77, 0xB4)).sum(axis=2) < 30)
+        line = rows[columns < columns.max() / 2]
+        drawn[name] = line.mean() / len(picture)
+    assert drawn["high"] < 0.4 < drawn["low"]
+    both = curve_plot({"_a $1": (recall, precision), "b": (recall[::-1].tolist(), precision)}, tmp_path / "both.png")
+    assert both.stat().st_size > 1000
+
+
+def test_curves_that_are_none_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="at least one curve"):
+        curve_plot({}, tmp_path / "c.png")
+    with pytest.raises(ValueError, match=r"of 'a' must be \[P\] each, got \(3,\) and \(2,\)"):
+        curve_plot({"a": (np.zeros(3), np.zeros(2))}, tmp_path / "c.png")
+    assert not (tmp_path / "c.png").exists()
 
 
 def test_page_holds_its_pictures_and_escapes(tmp_path):
