@@ -36,7 +36,7 @@ class ViewPreset:
 
     Args:
         area: Smallest and largest share of the picture that a crop keeps.
-        aspect: Smallest and largest ratio of width to height of a crop, relative to the picture's own pixels.
+        aspect: Smallest and largest ratio of width to height of a crop; gives way where the picture is too narrow.
         flip: Probability of a horizontal flip.
         rotation: Largest rotation in degrees, either way.
         zoom: Smallest and largest scale.
@@ -67,6 +67,18 @@ class ViewPreset:
     grey: float = 0.0
     blur: float = 0.0
     sigma: tuple[float, float] = (0.1, 2.0)
+
+    def __post_init__(self) -> None:
+        for name in ("flip", "jitter", "grey", "blur", "brightness", "contrast", "saturation", "hue", "shift"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be 0 to 1, got {getattr(self, name)}")
+        for name in ("area", "aspect", "zoom", "sigma"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high < math.inf or (name == "area" and high > 1):
+                raise ValueError(f"{name} must be a positive range{' up to 1' * (name == 'area')}, got {(low, high)}")
+        for name in ("rotation", "shear"):
+            if not 0 <= getattr(self, name) < (90 if name == "shear" else math.inf):
+                raise ValueError(f"{name} must be an angle of at least 0 degrees, got {getattr(self, name)}")
 
 
 PRESETS = {
@@ -127,7 +139,9 @@ def cut(picture: PIL.Image.Image, draw: np.ndarray, preset: ViewPreset, side: in
     """
     area = _between(preset.area, draw[_COLUMN["area"]]) * picture.width * picture.height
     aspect = math.exp(_between((math.log(preset.aspect[0]), math.log(preset.aspect[1])), draw[_COLUMN["aspect"]]))
-    width, height = (min(math.sqrt(area * aspect), picture.width), min(math.sqrt(area / aspect), picture.height))
+    width = min(math.sqrt(area * aspect), picture.width)
+    height = min(area / width, picture.height)
+    width = min(area / height, picture.width)
     left, top = draw[_COLUMN["left"]] * (picture.width - width), draw[_COLUMN["top"]] * (picture.height - height)
     box = (float(left), float(top), float(min(left + width, picture.width)), float(min(top + height, picture.height)))
     pixels = np.asarray(picture.resize((side, side), PIL.Image.Resampling.BICUBIC, box=box, reducing_gap=3.0))
@@ -152,7 +166,12 @@ def augment(
 
     Returns:
         float32 `[n, C, S, S]` on the device of the crops: `pixel_values`.
+
+    Raises:
+        ValueError: Unless there is one draw for each crop.
     """
+    if draws.shape != (len(crops), len(_DRAWS)):
+        raise ValueError(f"draws must have shape {[len(crops), len(_DRAWS)]}, one row a crop, got {list(draws.shape)}")
     draw = dict(zip(_DRAWS, draws.to(crops.device).unbind(dim=1), strict=True))
     images = crops.float() / 255
     if preset.flip:

@@ -19,11 +19,11 @@ TEXT = """Photographs of the clothing data set (JPEG, short side 256 px), ViT-Ti
 pictures, and the bare timm forward runs before and after it on tensors that are ready: the share is the ratio of the
 two times. Nothing is read from the cache."""
 
-NOTES = """On a CPU the model uses every core, so decoding can only be added: the default (`num_workers=0`) decodes each
-batch in a thread a core between two forward passes. Three runs, of 512, 192 and 384
-pictures (the first beside other load), gave medians of 0.946, 0.829 and 0.845 for JPEG files; this page is the
-last. Worker processes (`num_workers=1`) compete with the model for the
-cores and are slower here; on a GPU they are the default. `dataset.map` is what the guides of `datasets` show: timm's
+NOTES = """On a CPU each core decodes and encodes batches of its own, with one thread of torch
+(`num_workers=0`, the default): no core waits for another inside a forward pass, which pays for most of the decoding.
+With all cores in each forward pass and the decoding between two of them the shares were 0.83 to 0.85. Worker
+processes (`num_workers=1`) compete with the model for the cores and are slower here; on a GPU they are the default.
+`dataset.map` is what the guides of `datasets` show: timm's
 transform and the model in one function, on pictures that `datasets` has decoded one by one."""
 
 
