@@ -72,10 +72,10 @@ class ViewPreset:
         for name in ("flip", "jitter", "grey", "blur", "brightness", "contrast", "saturation", "hue", "shift"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be 0 to 1, got {getattr(self, name)}")
-        for name in ("area", "aspect", "zoom", "sigma"):
+        for name, most in (("area", 1), ("aspect", math.inf), ("zoom", math.inf), ("sigma", math.inf)):
             low, high = getattr(self, name)
-            if not 0 < low <= high < math.inf or (name == "area" and high > 1):
-                raise ValueError(f"{name} must be a positive range{' up to 1' * (name == 'area')}, got {(low, high)}")
+            if not (0 < low or (name == "sigma" and low == 0)) or not low <= high <= most or high == math.inf:
+                raise ValueError(f"{name} must be a range of positive numbers up to {most}, got {(low, high)}")
         for name in ("rotation", "shear"):
             if not 0 <= getattr(self, name) < (90 if name == "shear" else math.inf):
                 raise ValueError(f"{name} must be an angle of at least 0 degrees, got {getattr(self, name)}")

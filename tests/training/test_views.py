@@ -685,11 +685,46 @@ def test_a_preset_cannot_be_changed_under_a_cache():
 
 @pytest.mark.parametrize("columns", [0, len(_DRAWS) - 1, len(_DRAWS) + 1])
 def test_draws_of_another_version_are_refused(columns):
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match=rf"draws must have shape \[2, {len(_DRAWS)}\].*got \[2, {columns}\]"):
         plain(random_crops(2), torch.zeros(2, columns), ALL)
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_draws_of_another_number_are_refused(count):
-    with pytest.raises((RuntimeError, ValueError)):
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_one_draw_is_not_shared_by_several_crops(count):
+    with pytest.raises(ValueError, match=rf"draws must have shape \[3, {len(_DRAWS)}\], one row a crop"):
         plain(random_crops(3), random_draws(count), ALL)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[
+            (name, value)
+            for name in ("flip", "jitter", "grey", "blur", "brightness", "hue", "shift")
+            for value in (-0.1, 1.1)
+        ],
+        *[("area", value) for value in ((0.0, 1.0), (0.5, 1.2), (0.9, 0.5))],
+        *[("zoom", value) for value in ((0.0, 1.0), (1.2, 0.8), (1.0, math.inf))],
+        *[("aspect", value) for value in ((-1.0, 1.0), (math.nan, 1.0))],
+        ("sigma", (-0.1, 1.0)),
+        *[(name, value) for name in ("rotation", "shear") for value in (-1.0, math.nan)],
+        ("shear", 90.0),
+    ],
+)
+def test_impossible_ranges_are_refused_by_name(field, value):
+    with pytest.raises(ValueError, match=rf"^{field} must be"):
+        ViewPreset(**{field: value})
+
+
+@pytest.mark.parametrize("size", [(200, 50), (50, 200), (300, 100), (64, 64)])
+@pytest.mark.parametrize("share", [1.0, 0.8])
+def test_a_crop_of_a_narrow_picture_keeps_its_share(size, share):
+    # Red falls from left to right, green from top to bottom: the mean slopes of a crop tell its sides.
+    x, y = np.meshgrid(np.linspace(0, 255, size[0]), np.linspace(0, 255, size[1]))
+    picture = PIL.Image.fromarray(np.stack([x, y, 0 * x], axis=2).astype(np.uint8))
+    for row in range(20):
+        crop = cut(picture, draw_view(0, 0, row, 0), ViewPreset(area=(share, share), aspect=(3 / 4, 4 / 3)), 32)
+        width = (float(crop[0, :, -1].mean()) - float(crop[0, :, 0].mean())) / 255
+        height = (float(crop[1, -1].mean()) - float(crop[1, 0].mean())) / 255
+        # The outermost of 32 columns are half a column inside: 1/32 of each side, and a grey level of rounding.
+        assert width * height == pytest.approx(share, abs=2 / 32 + 0.02)
