@@ -468,3 +468,32 @@ def test_initialize_draws_at_most_256_rows_a_codeword():
 def test_initialize_refuses_a_wrong_width():
     with pytest.raises(RuntimeError):
         make().initialize(draw(100, D + 1))
+
+
+def test_defect_7_scaling_one_sub_vector_of_a_query_leaves_its_ranking():
+    quantizer = ProductQuantizer(4, 16, 8, 10.0)
+    torch.nn.init.normal_(quantizer.codebooks, generator=torch.Generator().manual_seed(0))
+    query = torch.randn(1, 32, generator=torch.Generator().manual_seed(1))
+    codes = torch.randint(16, (200, 4), generator=torch.Generator().manual_seed(2))
+    scaled = query.clone()
+    scaled[:, 8:16] *= 10
+    tables = [quantizer.lookup_table(quantizer.normalize(vectors))[0] for vectors in (query, scaled)]
+    scores = [table[torch.arange(4), codes].sum(dim=1) for table in tables]
+    torch.testing.assert_close(*scores, atol=1e-6, rtol=0)
+
+
+def test_soft_reconstruction_equals_the_loop_and_is_the_codeword_of_a_certain_assignment():
+    quantizer = ProductQuantizer(3, 8, 4, 10.0)
+    torch.nn.init.normal_(quantizer.codebooks, generator=torch.Generator().manual_seed(0))
+    words = quantizer.normalized_codebooks()
+    assignments = torch.rand(5, 3, 8, generator=torch.Generator().manual_seed(1)).softmax(dim=-1)
+    found = quantizer.soft_reconstruct(assignments)
+    for n in range(5):
+        for m in range(3):
+            mean = sum(float(assignments[n, m, k]) * words[m, k] for k in range(8))
+            torch.testing.assert_close(found[n, 4 * m : 4 * m + 4], mean, atol=1e-6, rtol=0)
+    codes = torch.randint(8, (5, 3), generator=torch.Generator().manual_seed(2))
+    certain = torch.nn.functional.one_hot(codes, 8).float()
+    torch.testing.assert_close(quantizer.soft_reconstruct(certain), quantizer.reconstruct(codes), atol=1e-6, rtol=0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert quantizer.soft_reconstruct(certain).dtype == torch.float32

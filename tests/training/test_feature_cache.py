@@ -176,6 +176,35 @@ def test_a_selection_and_an_empty_dataset(dataset, model, processor):
     assert empty.features(1).shape == (0, 32)
 
 
+@pytest.mark.parametrize("chunk_rows", [7, 8192])
+def test_chosen_rows_share_the_files(dataset, model, processor, forwards, monkeypatch, chunk_rows):
+    monkeypatch.setattr("tcq_hf.training.feature_cache.CHUNK_ROWS", chunk_rows)
+    whole = FeatureCache(dataset, model, processor, views=2)
+    forwards.clear()
+    rows = np.array([30, 2, 7, 6, 2])
+    chosen = whole.select(rows)
+    assert len(chosen) == 5
+    assert chosen.dataset["label"][:] == [whole.dataset["label"][row] for row in rows]
+    for view in (0, 1):
+        np.testing.assert_array_equal(chosen.features(view), whole.features(view)[rows])
+    np.testing.assert_array_equal(chosen.rows([4, 0], [1, 0]), whole.rows([2, 30], [1, 0]))
+    # A choice of a choice counts in the choice; training draws from it as from any cache.
+    np.testing.assert_array_equal(chosen.select([1, 0]).features(), whole.features()[[2, 30]])
+    batch = TrainingFeatures(chosen, 0).__getitems__([5 + 3])["features"]
+    assert sorted(map(tuple, batch.tolist())) == sorted(map(tuple, whole.rows([6, 6], [0, 1]).tolist()))
+    assert forwards == []
+    assert chosen._parts is whole._parts
+    assert len(whole) == 32
+
+
+def test_no_rows_and_wrong_rows_chosen(dataset, model, processor):
+    whole = FeatureCache(dataset, model, processor)
+    assert whole.select([]).features().shape == (0, 32)
+    for wrong in ([32], [-1], [0.5], [[1]], [True, False]):
+        with pytest.raises(ValueError, match="rows must be numbers from 0 to 31"):
+            whole.select(wrong)
+
+
 def test_grey_pictures(dataset, tiny_config):
     torch.manual_seed(0)
     model = TCQModel(TCQConfig(**{**tiny_config.to_dict(), "num_channels": 1})).eval()

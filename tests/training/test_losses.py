@@ -64,7 +64,7 @@ def test_equal_vectors_have_the_logarithm_of_their_number_as_loss(count):
 
 @pytest.mark.parametrize("prior", [0.05, 0.1, 0.4])
 @pytest.mark.parametrize("value", [-0.5, 0.0, 0.9])
-def test_debiasing_leaves_equal_similarities_as_they_are(value, prior):
+def test_defect_3_debiasing_leaves_equal_similarities_as_they_are(value, prior):
     # (n e - rho n e) / (1 - rho) = n e, with n the number of terms that are summed.
     similarity = torch.full((12, 12), value)
     for drop in (None, random_drop(6)):
@@ -74,7 +74,7 @@ def test_debiasing_leaves_equal_similarities_as_they_are(value, prior):
         )
 
 
-def test_debiased_negatives_never_fall_below_their_floor():
+def test_defect_3_debiased_negatives_never_fall_below_their_floor():
     # The positive is so similar that the correction alone would be negative.
     similarity = torch.full((8, 8), -0.9)
     similarity[torch.arange(8), (torch.arange(8) + 4) % 8] = 1.0
@@ -93,7 +93,7 @@ def test_the_two_views_are_alike():
     )
 
 
-def test_permuting_the_other_images_leaves_an_anchor_unchanged():
+def test_defect_2_permuting_the_other_images_leaves_an_anchor_unchanged():
     a = vectors(8)
     order = torch.cat([torch.tensor([0]), 1 + torch.randperm(7, generator=torch.Generator().manual_seed(0))])
     both = torch.cat([order, order + 8])
@@ -141,6 +141,14 @@ def test_extreme_temperatures_stay_finite(temperature, prior):
     losses.mean().backward()
     assert losses.isfinite().all()
     assert views.grad.isfinite().all()
+
+
+def test_defect_4_the_length_of_a_vector_plays_no_part():
+    # All negatives of a batch stand on the unit sphere, so none runs at a temperature of its own.
+    views = vectors(6)
+    longer = views * torch.rand(12, 1, generator=torch.Generator().manual_seed(1)).add(0.1).mul(10)
+    torch.testing.assert_close(view_similarity(longer, views), view_similarity(views, longer), atol=1e-6, rtol=0)
+    assert view_similarity(longer, longer).abs().max() <= 1 + 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

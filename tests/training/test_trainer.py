@@ -319,7 +319,7 @@ def test_resumed_training_ends_at_the_weights_of_an_uninterrupted_run(
     assert changed(weights(started), weights(second)) == set()
 
 
-def test_a_checkpoint_is_what_hub_save_writes(trainer, started, dataset, processor, tmp_path):
+def test_defect_12_a_checkpoint_is_what_hub_save_writes(trainer, started, dataset, processor, tmp_path):
     from tcq_hf import hub
 
     run = trainer(num_train_epochs=1, save_strategy="epoch", eval_strategy="epoch", eval_dataset=dataset)
@@ -330,6 +330,9 @@ def test_a_checkpoint_is_what_hub_save_writes(trainer, started, dataset, process
     assert {path.name for path in checkpoint.iterdir()} == {path.name for path in saved.iterdir()} | own
     reloaded = TCQModel.from_pretrained(checkpoint)
     assert not changed(weights(started), weights(reloaded))
+    for field in type(started.config).__annotations__:
+        assert getattr(reloaded.config, field) == getattr(started.config, field)
+    assert torch.load(checkpoint / "training_args.bin", weights_only=False).negative_filter == "fraction"
     assert load_index(checkpoint / "index.faiss", reloaded).ntotal == 0
     card = (checkpoint / "README.md").read_text()
     assert f"{run.state.log_history[-2]['eval_map']:.4f}" in card
