@@ -1,5 +1,6 @@
 """Pictures in, backbone features of several views on disk, batches of two views of each out."""
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -74,17 +75,38 @@ class FeatureCache:
         source = TrainingViews(dataset, processor, image_column, model.config.image_size, chosen, seed)
         self._width = model.projection.in_features
         self._parts = _computed(source, model, views, batch_size)
+        # Where each picture lies in the parts.
+        self._places = np.arange(len(dataset))
 
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def select(self, rows: Sequence[int] | np.ndarray) -> "FeatureCache":
+        """Some of the pictures, in the given order, on the same files: nothing is computed or copied.
+
+        Raises:
+            ValueError: If they are not row numbers from 0 to N - 1.
+        """
+        rows = np.asarray(rows) if len(rows) else np.empty(0, np.int64)
+        if rows.ndim != 1 or rows.dtype.kind not in "iu" or ((rows < 0) | (rows >= len(self))).any():
+            raise ValueError(f"rows must be numbers from 0 to {len(self) - 1}, got {rows.dtype} {rows}")
+        chosen = copy.copy(self)
+        chosen.dataset, chosen._places = self.dataset.select(rows), self._places[rows]
+        return chosen
+
     def features(self, view: int = 0) -> np.ndarray:
         """Features of one view of every picture, float32 `[N, F]`, copied from the disk."""
-        return np.concatenate([np.empty((0, self._width), np.float32), *self._parts[view]])
+        found = np.empty((len(self), self._width), np.float32)
+        for number, part in enumerate(self._parts[view]):
+            inside = self._places // CHUNK_ROWS == number
+            found[inside] = part[self._places[inside] % CHUNK_ROWS]
+        return found
 
     def rows(self, rows: Sequence[int], views: Sequence[int]) -> torch.Tensor:
         """Features of the given view of each given row, float32 `[n, F]`."""
-        found = [self._parts[view][row // CHUNK_ROWS][row % CHUNK_ROWS] for row, view in zip(rows, views, strict=True)]
+        places = self._places[list(rows)].tolist()
+        pairs = zip(views, places, strict=True)
+        found = [self._parts[view][place // CHUNK_ROWS][place % CHUNK_ROWS] for view, place in pairs]
         return torch.from_numpy(np.stack(found))
 
 

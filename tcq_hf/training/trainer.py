@@ -1,18 +1,14 @@
 """TCQTrainer: transformers' Trainer for learning codes from pictures without labels."""
 
-import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 from torch import nn
-from transformers import EvalPrediction, Trainer, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PredictionOutput, rotate_checkpoints
+from transformers import EvalPrediction, TrainerCallback
+from transformers.trainer_utils import PredictionOutput
 
-from tcq_hf import hub
 from tcq_hf.model.image_processing_tcq import TCQImageProcessor
 from tcq_hf.model.modeling_tcq import TCQModel, TCQOutput
 
@@ -21,13 +17,11 @@ from .batches import EpochOrder, EvaluationViews, TrainingViews, as_batch, class
 from .feature_cache import EvaluationFeatures, FeatureCache, TrainingFeatures
 from .figures import perplexity, retrieval_figures
 from .objective import Objective
+from .saving import SavingTrainer
 from .views import PRESETS, augment
 
-# Checkpoints lie here until they are whole.
-_ASIDE = ".saving"
 
-
-class TCQTrainer(Trainer):
+class TCQTrainer(SavingTrainer):
     """Trains a `TCQModel` with the clipped contrastive loss; used as transformers' `Trainer`.
 
     Logs, beside the loss: `dropped_share` of the negatives, `codebook_perplexity` (codewords in use, 1 to K) and
@@ -85,8 +79,6 @@ class TCQTrainer(Trainer):
         self._preset = PRESETS[args.views]
         self._sums: dict[str, torch.Tensor] = {}
         self._summed = 0
-        self._results: dict[str, float] = {}
-        self._aside: Path | None = None
         if train_dataset is not None:
             self._check_training(train_dataset)
 
@@ -102,7 +94,7 @@ class TCQTrainer(Trainer):
             views = TrainingFeatures(given, seed)
         else:
             views = TrainingViews(
-                given, self.processing_class, self.args.image_column, self._core.config.image_size, self._preset, seed
+                given, self.processing_class, self.args.image_column, self.core.config.image_size, self._preset, seed
             )
         order = EpochOrder(len(views), seed)
         self.pop_callback(_OrderOfEpoch)
@@ -128,7 +120,7 @@ class TCQTrainer(Trainer):
         if isinstance(given, FeatureCache):
             batches = EvaluationFeatures(given, class_labels(given.dataset, self.args.label_column), with_view)
         else:
-            labels, side = class_labels(given, self.args.label_column), self._core.config.image_size
+            labels, side = class_labels(given, self.args.label_column), self.core.config.image_size
             batches = EvaluationViews(
                 *(given, self.processing_class, self.args.image_column, side, self._preset, self.args.seed),
                 labels=labels,
@@ -148,7 +140,7 @@ class TCQTrainer(Trainer):
                 f"train_dataset has {len(given)} pictures, fewer than one batch of {images}; lower "
                 "per_device_train_batch_size"
             )
-        frozen = not any(parameter.requires_grad for parameter in self._core.backbone.parameters())
+        frozen = not any(parameter.requires_grad for parameter in self.core.backbone.parameters())
         if isinstance(given, FeatureCache) and not frozen:
             raise ValueError(
                 "a FeatureCache holds the features of a frozen backbone: call model.freeze_backbone() first"
@@ -167,17 +159,12 @@ class TCQTrainer(Trainer):
 
     # ---- Loss ----
 
-    @property
-    def _core(self) -> TCQModel:
-        """The model itself, outside of what the Trainer wraps it in."""
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **_: Any
     ) -> torch.Tensor | tuple[torch.Tensor, TCQOutput]:
         """Loss of a batch of two views, over the joint batch of all processes."""
         output = model(**self._two_views(inputs))
-        loss, figures = self._objective(output, self._core.quantizer, self.state.epoch or 0.0, joint=model.training)
+        loss, figures = self._objective(output, self.core.quantizer, self.state.epoch or 0.0, joint=model.training)
         if model.training:
             if not loss.isfinite():
                 raise FloatingPointError(
@@ -239,11 +226,11 @@ class TCQTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Figures of `eval_dataset`, or of another dataset."""
-        self._results = super().evaluate(*args, **kwargs)
-        return self._results
+        self.results = super().evaluate(*args, **kwargs)
+        return self.results
 
     def _figures(self, prediction: EvalPrediction) -> dict[str, float]:
-        return retrieval_figures(prediction.predictions, prediction.label_ids, self._core.codebooks(), self.args.seed)
+        return retrieval_figures(prediction.predictions, prediction.label_ids, self.core.codebooks(), self.args.seed)
 
     # ---- Optimiser ----
 
@@ -253,7 +240,7 @@ class TCQTrainer(Trainer):
             super().create_optimizer(model)
             rate = self.args.backbone_learning_rate
             rate = self.args.learning_rate / 100 if rate is None else rate
-            inside = {id(parameter) for parameter in self._core.backbone.parameters()}
+            inside = {id(parameter) for parameter in self.core.backbone.parameters()}
             for group in list(self.optimizer.param_groups):
                 backbone = [parameter for parameter in group["params"] if id(parameter) in inside]
                 group["params"] = [parameter for parameter in group["params"] if id(parameter) not in inside]
@@ -264,79 +251,6 @@ class TCQTrainer(Trainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """As the Trainer has it, without the codebooks, whose norm plays no part."""
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith("quantizer.codebooks")]
-
-    # ---- Saving ----
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.args.should_save:
-            return
-        folder = Path(self.args.output_dir if output_dir is None else output_dir)
-        hub.save(self._core, self.processing_class, folder, *self._card(), model_id=self.hub_model_id)
-        torch.save(self.args, folder / TRAINING_ARGS_NAME)
-
-    def create_model_card(self, *args: Any, model_name: str | None = None, **kwargs: Any) -> None:
-        """Write the model card of the package."""
-        if self.is_world_process_zero():
-            card = hub.model_card(self._core, *self._card(), self.hub_model_id or model_name or "")
-            Path(self.args.output_dir, "README.md").write_text(card, encoding="utf-8")
-
-    def _card(self) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Rows of figures and recipe for the model card."""
-        names = {"map": "mAP@1000", "map_strict": "mAP@1000, min(k, relevant)", "precision@10": "P@10"}
-        row = {
-            text: f"{self._results[f'eval_{name}']:.4f}"
-            for name, text in names.items()
-            if f"eval_{name}" in self._results
-        }
-        if not row:
-            return [], {}
-        args = self.args
-        recipe = {
-            "data": "each row of the evaluation set queries the others",
-            "denominator and ties": "hits within k, ties at random; min(k, relevant), ties in expectation",
-            "training": f"step {self.state.global_step}, seed {args.seed}, filter {args.negative_filter} "
-            f"({args.negative_share}), temperature {args.temperature}, learning rate {args.learning_rate}",
-        }
-        return [{"search with": f"{self._core.config.bits}-bit codes", **row}], recipe
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return super()._get_output_dir(trial) if self._aside is None else str(self._aside)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As the Trainer does it, but aside, so that a folder named checkpoint-N is always whole."""
-        run_dir = Path(self._get_output_dir(trial))
-        target, aside = run_dir / f"checkpoint-{self.state.global_step}", run_dir / _ASIDE
-        if self.args.should_save:
-            shutil.rmtree(aside, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self._aside = aside
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._aside = None
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            self._name_checkpoint(aside / target.name, target)
-        self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(target))
-
-    def _name_checkpoint(self, written: Path, target: Path) -> None:
-        if self.state.best_model_checkpoint == str(written):
-            self.state.best_model_checkpoint = str(target)
-            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
-        if target.exists():
-            target.rename(written.with_name("replaced"))
-        written.rename(target)
-        shutil.rmtree(written.parent)
-        best, limit = self.state.best_model_checkpoint, self.args.save_total_limit
-        rotate_checkpoints(
-            output_dir=str(target.parent), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True
-        )
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._aside is None:
-            super()._push_from_checkpoint(checkpoint_folder)
 
 
 class _OrderOfEpoch(TrainerCallback):

@@ -106,10 +106,17 @@ def test_accumulated_gradients_keep_the_scale_of_the_loss(trainer, started):
 
 
 def test_training_lowers_the_loss(trainer):
-    run = trainer(num_train_epochs=15, learning_rate=3e-3, backbone_learning_rate=1e-3, logging_steps=4)
+    run = trainer(
+        per_device_train_batch_size=16,
+        num_train_epochs=20,
+        learning_rate=3e-3,
+        backbone_learning_rate=1e-3,
+        logging_steps=2,
+    )
     run.train()
     losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
-    assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.1
+    # Measured 3.9 in the first epoch and 3.0 to 3.1 in the last three, with a spread of 0.15 between epochs.
+    assert np.mean(losses[-3:]) < losses[0] - 0.4
 
 
 def test_bf16_autocast_trains_in_a_float32_loss(trainer, started):
