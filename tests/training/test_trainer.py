@@ -105,18 +105,21 @@ def test_accumulated_gradients_keep_the_scale_of_the_loss(trainer, started):
     assert joined.state.log_history[0]["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
 
 
-def test_training_lowers_the_loss(trainer):
+def test_training_lowers_the_loss_of_the_same_views(trainer, started, dataset, processor):
+    cache = FeatureCache(dataset, started.freeze_backbone(), processor, views=3)
     run = trainer(
-        per_device_train_batch_size=16,
-        num_train_epochs=20,
-        learning_rate=3e-3,
-        backbone_learning_rate=1e-3,
-        logging_steps=2,
+        train_dataset=cache,
+        eval_dataset=cache,
+        per_device_train_batch_size=32,
+        num_train_epochs=200,
+        learning_rate=1e-2,
+        logging_strategy="no",
     )
+    before = run.evaluate()
     run.train()
-    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
-    # Measured 3.9 in the first epoch and 3.0 to 3.1 in the last three, with a spread of 0.15 between epochs.
-    assert np.mean(losses[-3:]) < losses[0] - 0.4
+    after = run.evaluate()
+    assert after["eval_loss"] < before["eval_loss"] - 0.2
+    assert after["eval_view_recall@1"] > before["eval_view_recall@1"]
 
 
 def test_bf16_autocast_trains_in_a_float32_loss(trainer, started):
