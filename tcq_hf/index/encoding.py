@@ -1,10 +1,8 @@
 """Images in, codes and embeddings out, as columns of a dataset."""
 
 import logging
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +16,8 @@ from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from datasets.utils import tqdm
 
 from .code_cache import CHUNK_ROWS, cache_key, chunk_path, write_chunk
-from .decoding import PictureBatch, decode_batch, decoded_batches, raw_pictures, row_batches
+from .decoding import PictureBatch, raw_pictures, row_batches
+from .inference import Inference, check_finite, evaluation_mode
 from .streams import in_streams, stream_count
 
 if TYPE_CHECKING:
@@ -32,9 +31,6 @@ _ERROR = "_error"
 
 # Rows of a stream of pictures that are held at the same time, as long as a batch has fewer.
 _ROWS_AT_ONCE = 512
-
-# pixel_values on the device of the model in, arrays by name out.
-_Step = Callable[[torch.Tensor], dict[str, np.ndarray]]
 
 
 def encode_dataset(
@@ -86,7 +82,7 @@ def encode_dataset(
     columns = {"codes": List(Value("uint8"), length=config.num_codebooks)}
     if embeddings:
         columns["embedding"] = List(Value("float32"), length=config.embedding_dim)
-    job = _Job(model, processor, image_column, batch_size, num_workers, device, dtype, on_error)
+    job = Inference(model, processor, image_column, batch_size, num_workers, device, dtype, on_error)
     if isinstance(dataset, IterableDataset):
         return _encode_iterable(dataset, job, columns)
     return _encode_table(dataset, job, columns)
@@ -114,7 +110,7 @@ def extract_features(
     _check_dataset(dataset, image_column)
     if not isinstance(dataset, Dataset):
         raise TypeError("extract_features needs a Dataset; take a part of an IterableDataset into one first")
-    job = _Job(model, processor, image_column, batch_size, num_workers, device, dtype, on_error)
+    job = Inference(model, processor, image_column, batch_size, num_workers, device, dtype, on_error)
     pictures = raw_pictures(dataset, image_column)
     parts, skipped = [], []
     batches = row_batches(range(len(dataset)), batch_size)
@@ -133,94 +129,13 @@ def extract_features(
 
 def encode_pictures(model: "TCQModel", processor: "TCQImageProcessor", pictures: Any) -> np.ndarray:
     """Embeddings float32 `[N, D]` of a picture or a list of pictures of any kind that the processor takes."""
-    job = _Job(model, processor, "", 1, 0, device=None, dtype=None, on_error="raise")
+    job = Inference(model, processor, "", 1, 0, device=None, dtype=None, on_error="raise")
     pixel_values = processor(pictures, return_tensors="pt")["pixel_values"]
     with evaluation_mode(model):
         return job.run(job.encode, pixel_values)["embedding"]
 
 
-@contextmanager
-def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode; each module's own mode comes back afterwards."""
-    # A frozen backbone may stand in evaluation mode while the rest trains.
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@dataclass
-class _Job:
-    model: "TCQModel"
-    processor: "TCQImageProcessor"
-    image_column: str
-    batch_size: int
-    num_workers: int | None
-    device: str | torch.device | None
-    dtype: torch.dtype | None
-    on_error: str
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
-        if self.on_error not in ("raise", "skip"):
-            raise ValueError(f"on_error must be 'raise' or 'skip', got {self.on_error!r}")
-        if self.num_workers is not None and self.num_workers < 0:
-            raise ValueError(f"num_workers must be at least 0, got {self.num_workers}")
-        if self.device is not None:
-            self.model.to(self.device)
-        on_cpu = self.model.device.type == "cpu"
-        if self.num_workers is None:
-            self.num_workers = 0 if on_cpu else max(1, min(8, (os.cpu_count() or 1) - 1))
-        self.in_streams = on_cpu and self.num_workers == 0
-
-    def run(self, step: _Step, pixel_values: torch.Tensor | None) -> dict[str, np.ndarray]:
-        """One step without gradients, in this thread, which may be one of many; nothing for no picture."""
-        if pixel_values is None:
-            return {}
-        mixed = nullcontext() if self.dtype is None else torch.autocast(self.model.device.type, dtype=self.dtype)
-        with torch.inference_mode(), mixed:
-            return step(pixel_values.to(self.model.device))
-
-    def stream(
-        self, pictures: Dataset, batches: list[range], step: _Step
-    ) -> Iterator[tuple[PictureBatch, dict[str, np.ndarray]]]:
-        """Every batch of rows, decoded, with what the step makes of its readable pictures."""
-        with evaluation_mode(self.model):
-            if self.in_streams and stream_count(len(batches)) > 1:
-                column = pictures[pictures.column_names[0]]
-                yield from in_streams(lambda rows: self.read_and_run(column[rows], rows, step, threads=1), batches)
-                return
-            for batch in decoded_batches(pictures, self.processor, batches, self.num_workers):
-                yield batch, self.run(step, batch.pixel_values)
-
-    def read_and_run(
-        self, pictures: list[Any], rows: Sequence[int], step: _Step, threads: int | None
-    ) -> tuple[PictureBatch, dict[str, np.ndarray]]:
-        """Decode one batch in this thread, or in several, and run the step on it."""
-        batch = decode_batch(self.processor, pictures, rows, threads)
-        return batch, self.run(step, batch.pixel_values)
-
-    def refuse(self, row: int, message: str) -> str:
-        """Raise for an unreadable picture, or give the text to log for it."""
-        text = f"row {row}{message}"
-        if self.on_error == "raise":
-            raise ValueError(f"cannot read the picture in {text} (on_error='skip' leaves such rows out)")
-        return text
-
-    def encode(self, pixel_values: torch.Tensor) -> dict[str, np.ndarray]:
-        output = self.model(pixel_values=pixel_values)
-        return {"codes": output.codes.cpu().numpy(), "embedding": output.embeddings.cpu().numpy()}
-
-    def features(self, pixel_values: torch.Tensor) -> dict[str, np.ndarray]:
-        # A copy: the class token is a view that would keep all tokens of the batch alive.
-        return {"features": self.model.get_image_features(pixel_values).float().cpu().numpy().copy()}
-
-
-def _encode_table(dataset: Dataset, job: _Job, columns: dict[str, Any]) -> Dataset:
+def _encode_table(dataset: Dataset, job: Inference, columns: dict[str, Any]) -> Dataset:
     if len(dataset) == 0:
         features = Features({**dataset.features, **columns})
         return _formatted(Dataset.from_dict({name: [] for name in features}, features=features), dataset)
@@ -253,7 +168,7 @@ def _formatted(encoded: Dataset, given: Dataset) -> Dataset:
 def _encode_chunks(
     pictures: Dataset,
     missing: list[tuple[Path, tuple[int, int]]],
-    job: _Job,
+    job: Inference,
     features: Features,
     total: int,
 ) -> None:
@@ -280,7 +195,7 @@ def _batch_table(batch: PictureBatch, found: dict[str, np.ndarray], features: Fe
     """Codes, embeddings and error messages of one batch; an unreadable row holds zeros and its message."""
     count, good = len(batch.rows), batch.readable()
     if found:
-        _check_finite(found["embedding"], [batch.rows[position] for position in good])
+        check_finite(found["embedding"], [batch.rows[position] for position in good])
     arrays = []
     for name, feature in features.items():
         if name == _ERROR:
@@ -293,7 +208,7 @@ def _batch_table(batch: PictureBatch, found: dict[str, np.ndarray], features: Fe
     return pa.Table.from_arrays(arrays, schema=features.arrow_schema)
 
 
-def _encode_iterable(dataset: IterableDataset, job: _Job, columns: dict[str, Any]) -> IterableDataset:
+def _encode_iterable(dataset: IterableDataset, job: Inference, columns: dict[str, Any]) -> IterableDataset:
     column, features = job.image_column, dataset.features
     image = features.get(column) if features else None
     decodes = isinstance(image, Image) and image.decode
@@ -313,7 +228,7 @@ def _encode_iterable(dataset: IterableDataset, job: _Job, columns: dict[str, Any
 def _encode_rows(
     rows: dict[str, list],
     indices: list[int],
-    job: _Job,
+    job: Inference,
     names: list[str],
     decode: Callable[[dict], Any] | None,
 ) -> dict[str, list]:
@@ -332,7 +247,7 @@ def _encode_rows(
         messages += [job.refuse(indices[batch.rows[position]], text) for position, text in batch.errors.items()]
         readable = [batch.rows[position] for position in batch.readable()]
         if found:
-            _check_finite(found["embedding"], [indices[position] for position in readable])
+            check_finite(found["embedding"], [indices[position] for position in readable])
         good += readable
     _report_skipped(messages)
     kept = {name: [values[position] for position in good] for name, values in rows.items()}
@@ -347,15 +262,6 @@ def _check_dataset(dataset: Any, image_column: str) -> None:
         raise TypeError(f"dataset must be a datasets.Dataset or IterableDataset, got {type(dataset).__name__}{hint}")
     if dataset.column_names is not None and image_column not in dataset.column_names:
         raise ValueError(f"the dataset has no column {image_column!r}; its columns are {dataset.column_names}")
-
-
-def _check_finite(embeddings: np.ndarray, rows: list[int]) -> None:
-    finite = np.isfinite(embeddings).all(axis=1)
-    if not finite.all():
-        raise ValueError(
-            f"the embedding of row {rows[int(np.argmin(finite))]} is not finite: the weights are broken or overflow in "
-            "the chosen dtype"
-        )
 
 
 def _report_skipped(skipped: list[str]) -> None:

@@ -15,7 +15,7 @@ from datasets.utils import tqdm
 
 from tcq_hf.index.code_cache import CHUNK_ROWS, chunk_path, weights_digest
 from tcq_hf.index.decoding import read_picture, row_batches
-from tcq_hf.index.encoding import evaluation_mode
+from tcq_hf.index.inference import evaluation_mode
 from tcq_hf.index.streams import in_streams
 from tcq_hf.index.writing import written_aside
 
