@@ -78,41 +78,29 @@ class TrainingViews(torch.utils.data.Dataset):
         return _crops(self, [divmod(key, len(self)) for key in keys], (0, 1))
 
 
-class EvaluationViews(TrainingViews):
+class EvaluationViews(torch.utils.data.Dataset):
     """Each picture as search sees it, one view of it that is always the same, and its label.
 
     Args:
-        dataset: Rows with pictures.
-        processor: Reads and transforms them.
-        image_column: Their column.
-        side: Side of the crops in pixels.
-        preset: Ranges of the draws.
-        seed: Seed of the draws.
+        views: Where pictures and views come from.
         labels: int64 `[N]`, -1 where there is none.
         with_view: Give the view too.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        processor: "TCQImageProcessor",
-        image_column: str,
-        side: int,
-        preset: ViewPreset,
-        seed: int,
-        labels: np.ndarray,
-        with_view: bool,
-    ) -> None:
-        super().__init__(dataset, processor, image_column, side, preset, seed)
-        self.labels, self.with_view = labels, with_view
+    def __init__(self, views: TrainingViews, labels: np.ndarray, with_view: bool) -> None:
+        self.views, self.labels, self.with_view = views, labels, with_view
 
-    def __getitems__(self, keys: Sequence[int]) -> Batch:
+    def __len__(self) -> int:
+        return len(self.views)
+
+    def __getitems__(self, rows: Sequence[int]) -> Batch:
         """`pixel_values` float32 `[n, C, S, S]`, `labels` int64 `[n]`, and `crops` and `draws` of the views."""
-        pictures = [read_picture(self.pictures, self.processor, row) for row in keys]
-        batch = _crops(self, [(0, row) for row in keys], (0,)) if self.with_view else {}
+        views = self.views
+        pictures = [read_picture(views.pictures, views.processor, row) for row in rows]
+        batch = _crops(views, [(0, row) for row in rows], (0,)) if self.with_view else {}
         return batch | {
-            "pixel_values": self.processor(pictures, return_tensors="pt")["pixel_values"],
-            "labels": torch.from_numpy(self.labels[list(keys)]),
+            "pixel_values": views.processor(pictures, return_tensors="pt")["pixel_values"],
+            "labels": torch.from_numpy(self.labels[list(rows)]),
         }
 
 

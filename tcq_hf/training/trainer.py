@@ -90,12 +90,7 @@ class TCQTrainer(SavingTrainer):
         if given is None:
             raise ValueError("training needs a train_dataset")
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        if isinstance(given, FeatureCache):
-            views = TrainingFeatures(given, seed)
-        else:
-            views = TrainingViews(
-                given, self.processing_class, self.args.image_column, self.core.config.image_size, self._preset, seed
-            )
+        views = TrainingFeatures(given, seed) if isinstance(given, FeatureCache) else self._views(given, seed)
         order = EpochOrder(len(views), seed)
         self.pop_callback(_OrderOfEpoch)
         self.add_callback(_OrderOfEpoch(order))
@@ -115,16 +110,17 @@ class TCQTrainer(SavingTrainer):
         """Batches of pictures as search sees them, and of labels."""
         return self._evaluation_batches(test_dataset, "test_dataset", with_view=False)
 
+    def _views(self, pictures: datasets.Dataset, seed: int) -> TrainingViews:
+        side = self.core.config.image_size
+        return TrainingViews(pictures, self.processing_class, self.args.image_column, side, self._preset, seed)
+
     def _evaluation_batches(self, given: Any, name: str, with_view: bool) -> torch.utils.data.DataLoader:
         self._check_dataset(self.args, given, name)
         if isinstance(given, FeatureCache):
             batches = EvaluationFeatures(given, class_labels(given.dataset, self.args.label_column), with_view)
         else:
-            labels, side = class_labels(given, self.args.label_column), self.core.config.image_size
             batches = EvaluationViews(
-                *(given, self.processing_class, self.args.image_column, side, self._preset, self.args.seed),
-                labels=labels,
-                with_view=with_view,
+                self._views(given, self.args.seed), class_labels(given, self.args.label_column), with_view
             )
         dropped, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:

@@ -6,7 +6,7 @@ A view is made in two steps. `cut` takes the random crop out of the full picture
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import PIL.Image
@@ -81,32 +81,24 @@ class ViewPreset:
                 raise ValueError(f"{name} must be an angle of at least 0 degrees, got {getattr(self, name)}")
 
 
+# The augmentation of MeCoQ, arXiv 2109.05205.
+_PHOTO = ViewPreset(
+    area=(0.5, 1.0),
+    aspect=(3 / 4, 4 / 3),
+    flip=0.5,
+    jitter=0.7,
+    brightness=0.4,
+    contrast=0.4,
+    saturation=0.4,
+    hue=0.1,
+    grey=0.2,
+    blur=0.5,
+)
+
 PRESETS = {
-    # The augmentation of MeCoQ, arXiv 2109.05205.
-    "photo": ViewPreset(
-        area=(0.5, 1.0),
-        aspect=(3 / 4, 4 / 3),
-        flip=0.5,
-        jitter=0.7,
-        brightness=0.4,
-        contrast=0.4,
-        saturation=0.4,
-        hue=0.1,
-        grey=0.2,
-        blur=0.5,
-    ),
+    "photo": _PHOTO,
     # Pictures of some dozen pixels a side: a blur would leave nothing.
-    "small": ViewPreset(
-        area=(0.5, 1.0),
-        aspect=(3 / 4, 4 / 3),
-        flip=0.5,
-        jitter=0.7,
-        brightness=0.4,
-        contrast=0.4,
-        saturation=0.4,
-        hue=0.1,
-        grey=0.2,
-    ),
+    "small": replace(_PHOTO, blur=0.0),
     # Digits, letters, scans: no mirror images, no colour, the whole picture moved. Chosen on MNIST (see the demo).
     "grey": ViewPreset(
         rotation=20.0,

@@ -214,8 +214,9 @@ def test_a_bad_picture_names_row_and_path_in_a_worker_too(
     paths = sorted(map(str, picture_folder.rglob("*.png")))[:12]
     paths[9] = bad_files[name] if name else None
     made = Dataset.from_dict({"image": paths}).cast_column("image", Image())
-    labels = {"labels": np.zeros(12, np.int64), "with_view": False} if kind is EvaluationViews else {}
-    views = kind(made, processor, "image", SIDE, PRESETS["photo"], SEED, **labels)
+    views = TrainingViews(made, processor, "image", SIDE, PRESETS["photo"], SEED)
+    if kind is EvaluationViews:
+        views = EvaluationViews(views, np.zeros(12, np.int64), with_view=False)
     batches = iter(loader(views, range(12), 4, num_workers))
     assert len(next(batches)) == len(next(batches)) == 2
     with pytest.raises(ValueError, match=r"cannot read the picture in row 9\b") as caught:
@@ -237,7 +238,8 @@ def test_the_row_of_a_bad_picture_is_its_row_in_any_epoch(bad_files, processor):
 
 def evaluation_views(dataset, processor, with_view=True, seed=SEED):
     labels = class_labels(dataset, "label")
-    return EvaluationViews(dataset, processor, "image", SIDE, PRESETS["photo"], seed, labels, with_view)
+    views = TrainingViews(dataset, processor, "image", SIDE, PRESETS["photo"], seed)
+    return EvaluationViews(views, labels, with_view)
 
 
 def test_evaluation_sees_what_search_sees_and_one_fixed_view(dataset, processor):
