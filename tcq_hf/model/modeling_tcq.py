@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from safetensors import SafetensorError
-from timm.models import load_state_dict
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from .configuration_tcq import TCQConfig, timm_defaults
+from .backbone_tcq import create_backbone, feature_width, pretrained_backbone, rest_frozen, supports_checkpointing
+from .configuration_tcq import TCQConfig
 from .quantization_tcq import ProductQuantizer
 
 
@@ -62,12 +61,12 @@ class TCQModel(PreTrainedModel):
 
     def __init__(self, config: TCQConfig) -> None:
         super().__init__(config)
-        self.backbone = _create_backbone(config)
-        self.projection = nn.Linear(_feature_width(self.backbone, config), config.embedding_dim)
+        self.backbone = create_backbone(config)
+        self.projection = nn.Linear(feature_width(self.backbone, config), config.embedding_dim)
         self.quantizer = ProductQuantizer(
             config.num_codebooks, config.codebook_size, config.sub_dim, config.softmax_scale
         )
-        self.supports_gradient_checkpointing = _supports_checkpointing(self.backbone)
+        self.supports_gradient_checkpointing = supports_checkpointing(self.backbone)
         if self.projection.weight.device.type != "meta":
             # timm has initialised its own weights; post_init() must not draw them again.
             for parameter in self.backbone.parameters():
@@ -151,11 +150,7 @@ class TCQModel(PreTrainedModel):
             ValueError: If `weights` is no safetensors file or does not fit the backbone, naming the tensors.
         """
         model = cls(TCQConfig(backbone=name, **config))
-        arguments = _backbone_arguments(model.config)
-        if weights is None:
-            pretrained = timm.create_model(name, pretrained=True, **arguments)
-        else:
-            pretrained = _create_from_file(name, Path(weights), arguments)
+        pretrained = pretrained_backbone(model.config, None if weights is None else Path(weights))
         weights_of = pretrained.state_dict()
         model.backbone.load_state_dict({name: weights_of[name] for name in model.backbone.state_dict()})
         return model.eval()
@@ -220,7 +215,7 @@ class TCQModel(PreTrainedModel):
         """Set the training mode of everything that is not frozen."""
         super().train(mode)
         if mode:
-            _rest_frozen(self.backbone)
+            rest_frozen(self.backbone)
         return self
 
     def codebooks(self) -> np.ndarray:
@@ -240,84 +235,6 @@ class TCQModel(PreTrainedModel):
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         self.backbone.set_grad_checkpointing(enable)
         self.gradient_checkpointing = enable  # what transformers reads
-
-
-def _rest_frozen(module: nn.Module) -> None:
-    """Put the largest parts without a trainable parameter into evaluation mode."""
-    parameters = list(module.parameters())
-    if parameters and not any(parameter.requires_grad for parameter in parameters):
-        module.eval()
-    elif not all(parameter.requires_grad for parameter in parameters):
-        for child in module.children():
-            _rest_frozen(child)
-
-
-def _backbone_arguments(config: TCQConfig) -> dict[str, Any]:
-    arguments = dict(config.backbone_kwargs or {}, num_classes=0, in_chans=config.num_channels)
-    if timm_defaults(config.backbone).fixed_input_size:
-        arguments["img_size"] = config.image_size
-    return arguments
-
-
-def _create_backbone(config: TCQConfig) -> nn.Module:
-    try:
-        backbone = timm.create_model(config.backbone, pretrained=False, **_backbone_arguments(config))
-    except TypeError as error:
-        raise ValueError(
-            f"backbone {config.backbone!r} refuses backbone_kwargs={config.backbone_kwargs}: {error}"
-        ) from error
-    if config.pooling is not None:
-        if not hasattr(backbone, "num_prefix_tokens"):
-            raise _impossible(config, "no tokens")
-        if config.pooling == "token" and getattr(backbone, "cls_token", None) is None:
-            raise _impossible(config, "no class token")
-        # A pooling by attention that nothing uses would be weights that nothing trains.
-        if getattr(backbone, "attn_pool", None) is not None:
-            backbone.attn_pool = None
-    return backbone
-
-
-def _impossible(config: TCQConfig, lack: str) -> ValueError:
-    return ValueError(
-        f"pooling={config.pooling!r} is impossible for backbone {config.backbone!r}, which has {lack}; "
-        "leave pooling unset"
-    )
-
-
-def _feature_width(backbone: nn.Module, config: TCQConfig) -> int:
-    return backbone.head_hidden_size if config.pooling is None else backbone.num_features
-
-
-def _supports_checkpointing(backbone: nn.Module) -> bool:
-    # Some timm models have the method only to assert that they cannot do it.
-    try:
-        backbone.set_grad_checkpointing(enable=False)
-        backbone.set_grad_checkpointing(enable=True)
-    except (AssertionError, AttributeError):
-        return False
-    backbone.set_grad_checkpointing(enable=False)
-    return True
-
-
-def _create_from_file(name: str, weights: Path, arguments: dict[str, Any]) -> nn.Module:
-    if not weights.is_file():
-        raise FileNotFoundError(f"weights: no file {weights}")
-    if weights.suffix != ".safetensors":
-        raise ValueError(f"weights must be a .safetensors file, got {weights.name}")
-    try:
-        state = load_state_dict(str(weights))
-    except Exception as error:
-        raise ValueError(f"weights file {weights} is damaged or no safetensors file: {error}") from error
-    classifier = timm_defaults(name).classifier or ()
-    for head in [classifier] if isinstance(classifier, str) else classifier:
-        state.pop(f"{head}.weight", None)
-        state.pop(f"{head}.bias", None)
-    # With equal class counts on both sides timm loads strictly; otherwise it would only log what does not fit.
-    overlay = {"state_dict": state, "num_classes": 0, "label_offset": 0, "custom_load": False}
-    try:
-        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
-    except RuntimeError as error:
-        raise ValueError(f"weights file {weights} does not fit backbone {name!r}: {error}") from error
 
 
 def _rotated_pca(rows: torch.Tensor, width: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
