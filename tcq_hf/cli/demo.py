@@ -10,6 +10,7 @@ from . import inputs
 
 _EXAMPLES = """\
   tcq-hf demo
+  tcq-hf demo --bits 32 --epochs 4
   tcq-hf demo --images pictures/
   tcq-hf demo --dataset my-name/photos --split train --backbone vit_small_patch14_dinov2.lvd142m --image-size 224
 """
@@ -26,7 +27,13 @@ def add_parser(commands: inputs.Commands) -> None:
     parser.add_argument(
         "--bits", type=int, default=64, metavar="N", help="bits of a code, a multiple of 8 (default: 64)"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of everything random (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of weights, training, ties (default: 0)")
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        metavar="N",
+        help="epochs of training on the digits; fewer on a slow machine (default: 12)",
+    )
     own = parser.add_argument_group("with --images or --dataset")
     own.add_argument(
         "--backbone", default="vit_tiny_patch16_224", metavar="NAME", help="timm model (default: %(default)s)"
@@ -40,8 +47,11 @@ def run(arguments: argparse.Namespace) -> None:
     fields = inputs.config_fields(arguments.bits)
     name = arguments.images or arguments.dataset
     if name is None:
-        shown = demo.digit_demo(arguments.bits, arguments.seed)
+        epochs = {} if arguments.epochs is None else {"epochs": arguments.epochs}
+        shown = demo.digit_demo(arguments.bits, arguments.seed, **epochs)
     else:
+        if arguments.epochs is not None:
+            raise ValueError("--epochs is for the digits; with your own pictures nothing is trained, see tcq-hf train")
         start = time.perf_counter()
         dataset = inputs.load_pictures(name, arguments.split)
         column, label = inputs.image_column(dataset, None), inputs.label_column(dataset)

@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,21 @@ Commands = Any  # argparse keeps the type of its sub-parsers private
 
 
 def command(
-    commands: Commands, name: str, help_line: str, examples: str, run: Callable[[argparse.Namespace], None]
-) -> argparse.ArgumentParser:
-    """A sub-command with examples under its help."""
+    commands: Commands,
+    name: str,
+    help_line: str,
+    examples: str,
+    run: Callable[[argparse.Namespace], None] | None = None,
+    **settings: Any,
+) -> Any:
+    """A sub-command with examples under its help; `settings` are further arguments of its parser."""
     parser = commands.add_parser(
         name,
         help=help_line,
         description=help_line[0].upper() + help_line[1:] + ".",
         epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        **settings,
     )
     parser.set_defaults(run=run)
     return parser
@@ -75,43 +82,51 @@ def encoding_options(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def load_pictures(name: str, split: str | None = None) -> Dataset:
-    """The dataset that `--dataset` and `--split` name.
+def load_pictures(name: str, split: str | None = None, option: str = "--dataset") -> Dataset:
+    """The dataset that `--dataset` and `--split`, or another option, name.
 
     Raises:
         ValueError: If there is nothing there, or several splits and none chosen.
     """
-    path = Path(name)
-    if path.is_dir() and (path / "state.json").is_file():
-        loaded = datasets.load_from_disk(name)
-    elif path.suffix == ".parquet" and path.is_file():
-        loaded = datasets.load_dataset("parquet", data_files=name, split="train")
-    elif path.is_file():
-        raise ValueError(f"--dataset: {name} is a file; expected a folder, a parquet file or a Hub name")
-    else:
-        loaded = _load_by_name(name, split)
+    loaded = load_splits(name, split, option)
     if isinstance(loaded, DatasetDict):
-        if split is not None or len(loaded) > 1:
-            raise ValueError(f"--dataset {name} has the splits {', '.join(loaded)}; choose with --split, e.g. all")
+        if len(loaded) > 1:
+            choose = option.replace("dataset", "split")
+            raise ValueError(f"{option} {name} has the splits {', '.join(loaded)}; choose with {choose}, e.g. all")
         (loaded,) = loaded.values()
     if not len(loaded):
-        raise ValueError(f"--dataset {name} has no rows")
+        raise ValueError(f"{option} {name} has no rows")
     return loaded
 
 
-def _load_by_name(name: str, split: str | None) -> Dataset | DatasetDict:
+def load_splits(name: str, split: str | None = None, option: str = "--dataset") -> Dataset | DatasetDict:
+    """As `load_pictures`, but all splits where none is chosen."""
     path = Path(name)
-    if path.is_dir():
-        if not any(file.is_file() for file in path.rglob("*")):
-            raise ValueError(f"--dataset: the folder {name} is empty")
-    elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise ValueError(f"--dataset: there is no folder or file {name}")
+    if any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):
+        return _saved_splits(name, split, option)
+    if path.suffix == ".parquet" and path.is_file():
+        return datasets.load_dataset("parquet", data_files=name, split=split or "train")
+    if path.is_file():
+        raise ValueError(f"{option}: {name} is a file; expected a folder, a parquet file or a Hub name")
+    if path.is_dir() and not any(file.is_file() for file in path.rglob("*")):
+        raise ValueError(f"{option}: the folder {name} is empty")
+    if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+        raise ValueError(f"{option}: there is no folder or file {name}")
     try:
         return datasets.load_dataset(name, split=split)
     except DatasetNotFoundError as error:
-        raise ValueError(f"--dataset: {name} is no folder here and no dataset on the Hub: {error}") from error
+        raise ValueError(f"{option}: {name} is no folder here and no dataset on the Hub: {error}") from error
     except DatasetsError as error:
-        raise ValueError(f"--dataset {name}: no pictures found: {error}") from error
+        raise ValueError(f"{option} {name}: no pictures found: {error}") from error
+
+
+def _saved_splits(name: str, split: str | None, option: str) -> Dataset | DatasetDict:
+    loaded = datasets.load_from_disk(name)
+    if split is None:
+        return loaded
+    if isinstance(loaded, DatasetDict) and split in loaded:
+        return loaded[split]
+    raise ValueError(f"{option}: the saved dataset {name} has no split {split!r}")
 
 
 def image_column(dataset: Dataset, asked: str | None) -> str:
@@ -134,15 +149,20 @@ def load_model(name: str) -> tuple[TCQModel, TCQImageProcessor]:
     return TCQModel.from_pretrained(name).eval(), TCQImageProcessor.from_pretrained(name)
 
 
-def config_fields(bits: int) -> dict[str, int]:
-    """Fields of the config for a number of bits, in codebooks of 256 codewords.
+def config_fields(bits: int, codebook_size: int = 256) -> dict[str, int]:
+    """Fields of the config for a number of bits, in codebooks of `codebook_size` codewords.
 
     Raises:
-        ValueError: If bits is no positive multiple of 8.
+        ValueError: If bits is no positive multiple of 8, or of the bits of a codebook.
     """
     if bits < 8 or bits % 8:
         raise ValueError(f"--bits must be a positive multiple of 8, got {bits}")
-    return {"num_codebooks": bits // 8}
+    if not 2 <= codebook_size <= 256 or codebook_size & (codebook_size - 1):
+        raise ValueError(f"--codebook-size must be a power of two from 2 to 256, got {codebook_size}")
+    each = codebook_size.bit_length() - 1
+    if bits % each:
+        raise ValueError(f"--bits must be a multiple of {each}, log2 of --codebook-size {codebook_size}, got {bits}")
+    return {"num_codebooks": bits // each, "codebook_size": codebook_size}
 
 
 def new_processor(config: TCQConfig) -> TCQImageProcessor:
@@ -157,9 +177,23 @@ def with_row_numbers(dataset: Dataset) -> Dataset:
     return dataset.add_column("row", np.arange(len(dataset)))
 
 
+def output_folder(name: str, option: str) -> Path:
+    """The folder, made if need be, found out to be writable before anything is computed for it.
+
+    Raises:
+        OSError: If it is not, naming the option.
+    """
+    try:
+        Path(name).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=name):
+            return Path(name)
+    except OSError as error:
+        raise OSError(f"{option}: cannot write into {name}: {error}") from error
+
+
 def write_codes_recipe(path: Path, name: str, model: TCQModel, pictures: Dataset) -> None:
     """Write `<path>.json`: which model made the codes, of which pictures."""
-    recipe = {"model": name, "weights_sha256": weights_digest(model), **_identity(pictures)}
+    recipe = {"model": name, "weights_sha256": weights_digest(model), **identity(pictures)}
     with written_aside(path.with_name(path.name + ".json")) as aside:
         aside.write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
 
@@ -177,7 +211,7 @@ def read_codes(path: str, model: TCQModel, pictures: Dataset | None = None) -> t
         said = json.loads(recipe.read_text(encoding="utf-8"))
         if said["weights_sha256"] != weights_digest(model):
             raise ValueError(f"--codes {path} were made by another model, {said['model']}")
-        if pictures is not None and {name: said[name] for name in ("rows", "files_sha256")} != _identity(pictures):
+        if pictures is not None and {name: said[name] for name in ("rows", "files_sha256")} != identity(pictures):
             raise ValueError(
                 f"--codes {path} are those of other pictures ({said['rows']} rows); encode --dataset again"
             )
@@ -193,7 +227,7 @@ def label_name(names: list[str], label: int | None) -> str:
     return names[label] if label is not None and label >= 0 else ""
 
 
-def _identity(pictures: Dataset) -> dict[str, Any]:
+def identity(pictures: Dataset) -> dict[str, Any]:
     """Number of rows and a hash of the file names in order, where there are any."""
     digest = hashlib.sha256()
     for path in picture_paths(pictures):

@@ -15,6 +15,8 @@ from tcq_hf import TCQImageProcessor, TCQModel, add_code_index, encode_dataset, 
 from tcq_hf.cli import main
 from tcq_hf.cli.inputs import label_name, load_pictures
 
+COMMANDS = ("demo", "train", "encode", "index", "search", "evaluate")
+
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory, picture_folder, tiny_config, processor):
@@ -54,7 +56,7 @@ def table(printed):
     return [line.split() for line in printed.splitlines() if line[:4].strip().isdigit()]
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["encode"], ["index"], ["search"]])
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_help_shows_examples(capsys, command):
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])
@@ -62,8 +64,25 @@ def test_help_shows_examples(capsys, command):
     assert "examples:\n  tcq-hf" in capsys.readouterr().out
 
 
+def test_commands_stand_in_the_order_of_use(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    listed = [line.split()[0] for line in shown.splitlines() if line.startswith("    ") and line.split()[0] in COMMANDS]
+    assert tuple(listed) == COMMANDS
+
+
 @pytest.mark.parametrize(
-    "wrong", [[], ["nonsense"], ["encode"], ["search", "--dataset", "x", "--model", "y"], ["demo", "--bits", "many"]]
+    "wrong",
+    [
+        [],
+        ["nonsense"],
+        ["encode"],
+        ["search", "--dataset", "x", "--model", "y"],
+        ["demo", "--bits", "many"],
+        ["train"],
+        ["evaluate"],
+    ],
 )
 def test_wrong_arguments_exit_with_2(capsys, wrong):
     with pytest.raises(SystemExit) as stop:
