@@ -116,7 +116,7 @@ def test_commands_of_the_demo_page_are_those_of_the_readme():
     page = (ROOT / "hub_assets" / "demo_page.html").read_text()
     blocks = re.findall(r"<pre>(.*?)</pre>", page, re.DOTALL)
     commands = [line for block in blocks for line in block.splitlines() if line.startswith("tcq-hf")]
-    assert len(commands) == 4
+    assert len(commands) == 5
     for command in commands[1:]:
         assert command in readme
 

@@ -86,7 +86,7 @@ def assert_figures(run, found):
 # --- Training --------------------------------------------------------------------------------------------------------
 
 
-def test_rows_are_those_of_the_design(trained):
+def test_invariant_7_float_and_pq_stand_beside_every_learned_figure(trained):
     _, rows = read(trained)
     learned = ["tcq_hf, untrained start", "tcq_hf, no filter", "tcq_hf, fraction 0.3"]
     coded = ["PQ", "PQ, centred", "OPQ", "ITQ", "random projections", *learned]
@@ -147,7 +147,7 @@ def train(model, cache, folder, seed, chosen):
     TCQTrainer(model, arguments, cache).train()
 
 
-def test_the_recipe_stands_beside_the_figures(place, trained):
+def test_invariant_6_the_recipe_stands_beside_the_figures(place, trained):
     recipe, _ = read(trained)
     split = by_labels(load_splits(str(place / "pictures")))
     assert {name: recipe[name] for name in split.recipe} == split.recipe
