@@ -208,7 +208,7 @@ def read_codes(path: str, model: TCQModel, pictures: Dataset | None = None) -> t
         raise FileNotFoundError(f"--codes: no file {path}")
     recipe = Path(f"{path}.json")
     if recipe.is_file():
-        said = json.loads(recipe.read_text(encoding="utf-8"))
+        said = _codes_recipe(recipe)
         if said["weights_sha256"] != weights_digest(model):
             raise ValueError(f"--codes {path} were made by another model, {said['model']}")
         if pictures is not None and {name: said[name] for name in ("rows", "files_sha256")} != identity(pictures):
@@ -220,6 +220,14 @@ def read_codes(path: str, model: TCQModel, pictures: Dataset | None = None) -> t
     table = datasets.load_dataset("parquet", data_files=path, split="train")
     rows = table.with_format("numpy")["row"][:] if "row" in table.column_names else None
     return codes_array(table), rows
+
+
+def _codes_recipe(path: Path) -> dict[str, Any]:
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        return {name: said[name] for name in ("model", "weights_sha256", "rows", "files_sha256")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); encode --dataset again") from error
 
 
 def label_name(names: list[str], label: int | None) -> str:

@@ -284,3 +284,12 @@ def test_without_faiss_the_pip_line_is_named():
     assert done.returncode == 1
     assert "pip install 'tcq_hf[cpu]'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"model": "m", "rows": 32, "files_sha256": "0"}'])
+def test_a_damaged_recipe_of_codes_is_named(workplace, tmp_path, capsys, content):
+    shutil.copy(workplace / "codes.parquet", tmp_path / "codes.parquet")
+    (tmp_path / "codes.parquet.json").write_text(content)
+    codes = ["--codes", str(tmp_path / "codes.parquet"), "--model", str(workplace / "model")]
+    assert main(["index", *codes, "--output", str(tmp_path / "index.faiss")]) == 1
+    assert "codes.parquet.json is damaged" in capsys.readouterr().err
