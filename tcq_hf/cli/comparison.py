@@ -20,7 +20,7 @@ from tcq_hf import TCQModel, __version__
 from tcq_hf.evaluation import baselines
 from tcq_hf.evaluation.metrics import Curve, Evaluation, evaluate
 from tcq_hf.evaluation.protocols import Split
-from tcq_hf.index.encoding import evaluation_mode
+from tcq_hf.index.inference import evaluation_mode
 
 Vectors = tuple[np.ndarray, np.ndarray]
 
