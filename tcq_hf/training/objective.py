@@ -39,6 +39,10 @@ class Objective:
             )
         self.filter(torch.zeros(images, images))
 
+    def _fits(self, images: int) -> bool:
+        """Whether the filter leaves a negative: the last batch of an evaluation may be too short for its count."""
+        return self.arguments.negative_filter != "topk" or self.arguments.negative_count < images - 1
+
     def __call__(
         self, output: "TCQOutput", quantizer: "ProductQuantizer", epoch: float, joint: bool
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -58,7 +62,7 @@ class Objective:
             usage = torch.stack(_gather(usage)).mean(dim=0)
         similarity = view_similarity(embeddings if arguments.loss_form == "cross" else restored, restored)
         images = image_similarity(similarity)
-        drop = self.filter(images) if epoch >= arguments.clip_start else keep_all(images)
+        drop = self.filter(images) if epoch >= arguments.clip_start and self._fits(len(images)) else keep_all(images)
         loss = contrastive_loss(similarity, arguments.temperature, drop, arguments.debias_prior).mean()
         if arguments.usage_weight:
             loss = loss + arguments.usage_weight * usage_loss(usage)

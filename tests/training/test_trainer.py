@@ -276,6 +276,19 @@ def test_evaluation_leaves_the_weights_and_the_training_mode(trainer, started, d
     assert not changed(before, weights(started))
 
 
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_the_last_batch_of_an_evaluation_may_be_short(trainer, dataset, count):
+    run = trainer(
+        eval_dataset=dataset.select(range(8 + count)),
+        negative_filter="topk",
+        negative_count=5,
+        per_device_eval_batch_size=8,
+    )
+    metrics = run.evaluate()
+    assert math.isfinite(metrics["eval_loss"])
+    assert len(run.predict(dataset.select(range(8 + count))).predictions[1]) == 8 + count
+
+
 def test_several_evaluation_sets_by_name(trainer, dataset):
     metrics = trainer(eval_dataset={"all": dataset, "half": dataset.select(range(16))}).evaluate()
     assert {"eval_all_map", "eval_half_map"} <= set(metrics)
