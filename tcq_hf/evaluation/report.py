@@ -106,7 +106,7 @@ def curve_plot(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], path: str | 
     """
     if not curves:
         raise ValueError("a curve plot needs at least one curve")
-    figure = Figure(figsize=(6.4, 4.4), dpi=110, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(8.4, 4.4), dpi=110, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), title=title)
     for name, (recall, precision) in curves.items():
@@ -116,7 +116,8 @@ def curve_plot(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], path: str | 
             )
         axes.plot(recall, precision, label=name.replace("$", r"\$"), linewidth=1.6)
     axes.grid(color="#e4e4e4")
-    axes.legend(frameon=False, fontsize=9)
+    # Beside the axes: curves may run anywhere inside.
+    figure.legend(loc="outside right center", frameon=False, fontsize=9)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")
