@@ -37,7 +37,7 @@ _DIGIT_CONFIG = {
     "image_size": 28,
     "num_channels": 1,
 }
-# Chosen at 64 bits with the labels of other rows than the queries, see the note.
+# Chosen on rows 500 to 999 of the order of `_measure`, which query those after them; the first 500 took no part.
 _DIGIT_TRAINING = {
     "views": "grey",
     "temperature": 0.3,
@@ -53,9 +53,9 @@ _DIGIT_EPOCHS = 12
 _DIGIT_NOTE = (
     "The network started from random weights and learned from the pictures alone: from all of them, the queries among "
     "them, without labels. The one thing that it was told is that about a tenth of the others show the same digit as "
-    "any given picture (negative_share=0.1). That and the other options were chosen with the labels of rows 500 to 999 "
-    "of the random order whose first 500 rows are the queries here, never with those of the queries. FAISS PQ of the "
-    "learned embeddings comes close to the learned codes: what was learned is above all the embedding."
+    "any given picture (negative_share=0.1). That and the other options, at 64 bits, were chosen with the labels of the "
+    "4,500 other pictures, 500 of which queried the rest, never with those of the queries. FAISS PQ of the learned "
+    "embeddings comes close to the learned codes: what was learned is above all the embedding."
 )
 _PRETRAINED_NOTE = (
     "The backbone is pretrained (timm); projection and codebooks were fitted to the pictures, without labels."
