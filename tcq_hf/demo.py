@@ -53,8 +53,8 @@ _DIGIT_EPOCHS = 12
 _DIGIT_NOTE = (
     "The network started from random weights and learned from the pictures alone: from all of them, the queries among "
     "them, without labels. The one thing that it was told is that about a tenth of the others show the same digit as "
-    "any given picture (negative_share=0.1). That and the other options, at 64 bits, were chosen with the labels of the "
-    "4,500 other pictures, 500 of which queried the rest, never with those of the queries. FAISS PQ of the learned "
+    "any given picture (negative_share=0.1). That and the other options, at 64 bits, were chosen with the labels of "
+    "the 4,500 other pictures, 500 of which queried the rest, never with those of the queries. FAISS PQ of the learned "
     "embeddings comes close to the learned codes: what was learned is above all the embedding."
 )
 _PRETRAINED_NOTE = (
