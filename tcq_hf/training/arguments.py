@@ -64,6 +64,13 @@ class TCQTrainingArguments(TrainingArguments):
     backbone_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the backbone; by default a hundredth of learning_rate."}
     )
+    loss_chunk_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Pictures embedded at a time, for batches that do not fit into memory: the loss stays that of the "
+            "whole batch, a step takes one forward pass more."
+        },
+    )
     image_column: str = field(default="image", metadata={"help": "Column of the pictures."})
     label_column: str = field(default="label", metadata={"help": "Column of class labels, used by evaluation alone."})
 
@@ -93,6 +100,8 @@ class TCQTrainingArguments(TrainingArguments):
         rate = self.backbone_learning_rate
         if rate is not None and not 0 <= rate < math.inf:
             raise ValueError(f"backbone_learning_rate must be at least 0 and finite, got {rate}")
+        if self.loss_chunk_size is not None and self.loss_chunk_size < 1:
+            raise ValueError(f"loss_chunk_size must be at least 1 picture, or None, got {self.loss_chunk_size}")
         if self.debias_prior is not None and not 0 <= self.debias_prior < 1:
             raise ValueError(f"debias_prior must be at least 0 and below 1, got {self.debias_prior}")
         if not 0 <= self.feature_dropout < 1:

@@ -14,6 +14,7 @@ from tcq_hf.model.modeling_tcq import TCQModel, TCQOutput
 
 from .arguments import TCQTrainingArguments
 from .batches import EpochOrder, EvaluationViews, TrainingViews, as_batch, class_labels
+from .chunked import in_chunks
 from .feature_cache import EvaluationFeatures, FeatureCache, TrainingFeatures
 from .figures import perplexity, retrieval_figures
 from .objective import Objective
@@ -159,7 +160,7 @@ class TCQTrainer(SavingTrainer):
         self, model: nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **_: Any
     ) -> torch.Tensor | tuple[torch.Tensor, TCQOutput]:
         """Loss of a batch of two views, over the joint batch of all processes."""
-        output = model(**self._two_views(inputs))
+        output = self._output(model, inputs)
         loss, figures = self._objective(output, self.core.quantizer, self.state.epoch or 0.0, joint=model.training)
         if model.training:
             if not loss.isfinite():
@@ -172,16 +173,31 @@ class TCQTrainer(SavingTrainer):
             self._summed += 1
         return (loss, output) if return_outputs else loss
 
-    def _two_views(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Arguments of the model for the views of a batch."""
+    def _output(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> TCQOutput:
+        """What the model makes of the views of a batch; in training in chunks, if the arguments ask for it."""
         if "features" in inputs:
-            dropout = self.args.feature_dropout if self.model.training else 0.0
-            return {"features": nn.functional.dropout(inputs["features"], dropout)}
+            dropout = self.args.feature_dropout if model.training else 0.0
+            # Once for the whole batch: chunks do not change what is dropped.
+            views, prepare = {"features": nn.functional.dropout(inputs["features"], dropout)}, dict
+        else:
+            views = {name: inputs[name] for name in ("crops", "draws", "pixel_values") if name in inputs}
+            prepare = self._pixel_values
+
+        def embed(*tensors: torch.Tensor) -> TCQOutput:
+            return model(**prepare(**dict(zip(views, tensors, strict=True))))
+
+        pictures = self.args.loss_chunk_size
+        if pictures is None or not model.training:
+            return embed(*views.values())
+        return in_chunks(embed, tuple(views.values()), 2 * pictures, lambda: self.accelerator.no_sync(model))
+
+    def _pixel_values(
+        self, crops: torch.Tensor, draws: torch.Tensor, pixel_values: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Arguments of the model for views; in evaluation the first view is the picture as search sees it."""
         processor = self.processing_class
-        views = augment(inputs["crops"], inputs["draws"], self._preset, processor.image_mean, processor.image_std)
-        # In evaluation the first view is the picture as search sees it.
-        own = [inputs["pixel_values"]] if "pixel_values" in inputs else []
-        return {"pixel_values": torch.cat([*own, views])}
+        views = augment(crops, draws, self._preset, processor.image_mean, processor.image_std)
+        return {"pixel_values": views if pixel_values is None else torch.cat([pixel_values, views])}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the figures of the steps since the last time beside the loss."""
