@@ -1,5 +1,6 @@
 """A model as a Hub repository: weights, config, processor, code, card and the trained empty FAISS index."""
 
+import copy
 import importlib.util
 import os
 import tempfile
@@ -31,7 +32,7 @@ def save(
     (the model card) and, where FAISS is installed, `index.faiss`. All files are written aside first and then renamed.
 
     Args:
-        model: The model.
+        model: The model; adapters of peft are merged into the weights that are written.
         processor: Its image processor.
         folder: Where to; other files in it stay.
         results: Rows of the table of measured figures, all with the same keys.
@@ -42,10 +43,10 @@ def save(
         The folder.
 
     Raises:
-        ValueError: If there are results without a recipe, or rows with different keys.
+        ValueError: If there are results without a recipe, rows with different keys, or unmergeable adapters.
         OSError: If the disk refuses a file; what was there before is kept.
     """
-    folder = Path(folder)
+    folder, model = Path(folder), merged(model)
     card = model_card(model, results, recipe, model_id or folder.name)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as aside:
@@ -62,6 +63,29 @@ def save(
         for path in sorted(Path(aside).iterdir()):
             path.replace(folder / path.name)
     return folder
+
+
+def merged(model: "TCQModel") -> "TCQModel":
+    """The model itself; or of one with adapters, a `peft.PeftModel`, a plain copy with the adapters merged in.
+
+    Raises:
+        ValueError: If the model has adapters without being a `PeftModel`.
+    """
+    check_adapters(model)
+    return copy.deepcopy(model).merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
+def check_adapters(model: "TCQModel") -> None:
+    """Refuse a model that could not be saved.
+
+    Raises:
+        ValueError: If it has adapters without being a `PeftModel`.
+    """
+    if hasattr(model, "peft_config") and not hasattr(model, "merge_and_unload"):
+        raise ValueError(
+            "model has adapters in it that cannot be merged: pass the PeftModel that peft.get_peft_model or "
+            "tcq_hf.training.adapters.add_lora gives, not the model inside, and not one changed by add_adapter"
+        )
 
 
 def push(

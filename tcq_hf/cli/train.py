@@ -18,10 +18,12 @@ from tcq_hf import (
     TCQTrainer,
     TCQTrainingArguments,
     extract_features,
+    hub,
 )
 from tcq_hf.evaluation.report import text_table
 from tcq_hf.index.code_cache import weights_digest
 from tcq_hf.index.decoding import raw_pictures
+from tcq_hf.training.adapters import add_lora, check_peft
 from tcq_hf.training.batches import class_labels
 
 from . import inputs
@@ -30,6 +32,7 @@ from .options import ModelOptions, OptionsParser
 _EXAMPLES = """\
   tcq-hf train --dataset pictures/ --backbone vit_tiny_patch16_224 --bits 32 --output-dir my-model
   tcq-hf train --dataset pictures/ --model my-model --train-blocks 2 --views photo --output-dir better-model
+  tcq-hf train --dataset pictures/ --lora 8 --loss-chunk-size 32 --output-dir my-model     adapters; large batches
   tcq-hf train run.yaml --negative-share 0.2          options in a file; those of the command line come first
 
 run.yaml:
@@ -61,6 +64,14 @@ class TrainOptions(ModelOptions):
         metadata={
             "help": "Blocks of the backbone that are trained too, from its end. 0: none, each picture runs through it "
             "once; -1: the whole backbone."
+        },
+    )
+    lora: int = field(
+        default=0,
+        metadata={
+            "metavar": "RANK",
+            "help": "Rank of the adapters (LoRA) that are trained in the backbone instead of its blocks; needs peft. "
+            "0: none.",
         },
     )
     eval_dataset: str | None = field(default=None, metadata={"metavar": "NAME", "help": "Pictures for the figures."})
@@ -96,12 +107,13 @@ def run(parser: OptionsParser, arguments: argparse.Namespace) -> None:
     thaw(model, options.train_blocks)
     model.to(training.device)
     data, eval_data = dataset, eval_pictures
-    if options.train_blocks == 0:
+    if not options.train_blocks and not options.lora:
         data = _cached(dataset, model, processor, training, options.cached_views)
         views = min(2, options.cached_views)
         eval_data = _cached(eval_pictures, model, processor, training, views) if rows is None else data.select(rows)
     if not options.model and not checkpoint:
         _start(model, processor, data, options, training)
+    model = add_lora(model, options.lora) if options.lora else model
 
     def trainer() -> TCQTrainer:
         return TCQTrainer(model, training, data, eval_data, processor)
@@ -113,7 +125,7 @@ def run(parser: OptionsParser, arguments: argparse.Namespace) -> None:
     figures["after"] = learner.evaluate()
     learner.save_model()
     if learner.is_world_process_zero():
-        _report(figures, eval_pictures, about, model, options, training)
+        _report(figures, eval_pictures, about, hub.merged(model), options, training)
 
 
 def thaw(model: TCQModel, blocks: int) -> None:
@@ -141,8 +153,12 @@ def _check(parser: OptionsParser, options: TrainOptions, values: dict[str, Any])
     lost = [f"--{name.replace('_', '-')}" for name in _OF_A_NEW_MODEL if name in values]
     if options.model and lost:
         parser.error(f"--model goes on with a saved model, {', '.join(lost)} would be for a new one")
-    if options.train_blocks and options.cached_views != 1:
-        parser.error("--cached-views is for a frozen backbone, --train-blocks 0")
+    if options.lora:
+        check_peft()
+    if options.train_blocks and options.lora:
+        parser.error("--lora trains adapters instead of blocks: leave out --train-blocks")
+    if (options.train_blocks or options.lora) and options.cached_views != 1:
+        parser.error("--cached-views is for a frozen backbone, --train-blocks 0 and no --lora")
 
 
 def _checkpoint(training: TCQTrainingArguments, resume: bool) -> str | None:

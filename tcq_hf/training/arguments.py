@@ -62,7 +62,14 @@ class TCQTrainingArguments(TrainingArguments):
         default=0.1, metadata={"help": "Dropout of the features when training from a FeatureCache."}
     )
     backbone_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the backbone; by default a hundredth of learning_rate."}
+        default=None,
+        metadata={
+            "help": "Learning rate of the backbone; by default a hundredth of learning_rate, or a tenth for adapters."
+        },
+    )
+    layer_decay: float = field(
+        default=1.0,
+        metadata={"help": "Learning rate of each layer of the backbone as a share of that of the layer behind it."},
     )
     loss_chunk_size: int | None = field(
         default=None,
@@ -100,6 +107,8 @@ class TCQTrainingArguments(TrainingArguments):
         rate = self.backbone_learning_rate
         if rate is not None and not 0 <= rate < math.inf:
             raise ValueError(f"backbone_learning_rate must be at least 0 and finite, got {rate}")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay must be above 0 and at most 1, got {self.layer_decay}")
         if self.loss_chunk_size is not None and self.loss_chunk_size < 1:
             raise ValueError(f"loss_chunk_size must be at least 1 picture, or None, got {self.loss_chunk_size}")
         if self.debias_prior is not None and not 0 <= self.debias_prior < 1:

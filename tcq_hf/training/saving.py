@@ -15,6 +15,8 @@ from tcq_hf.model.modeling_tcq import TCQModel
 
 # Checkpoints lie here until they are whole.
 _ASIDE = ".saving"
+# Folder in a checkpoint that holds what peft needs to go on.
+_ADAPTERS = "adapters"
 
 
 class SavingTrainer(Trainer):
@@ -24,22 +26,38 @@ class SavingTrainer(Trainer):
     results: dict[str, float] = {}
     _aside: Path | None = None
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        hub.check_adapters(self._unwrapped)
+
     @property
     def core(self) -> TCQModel:
-        """The model itself, outside of what the Trainer wraps it in."""
+        """The model itself, outside of what the Trainer and peft wrap it in."""
+        model = self._unwrapped
+        return model.get_base_model() if self.has_adapters else model
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether the model is a `peft.PeftModel`."""
+        return hasattr(self._unwrapped, "get_base_model")
+
+    @property
+    def _unwrapped(self) -> Any:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
             return
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
-        hub.save(self.core, self.processing_class, folder, *self._card(), model_id=self.hub_model_id)
+        hub.save(self._unwrapped, self.processing_class, folder, *self._card(), model_id=self.hub_model_id)
+        if self.has_adapters and self._aside is not None:
+            self._unwrapped.save_pretrained(folder / _ADAPTERS, save_embedding_layers=False)
         torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
     def create_model_card(self, *args: Any, model_name: str | None = None, **kwargs: Any) -> None:
         """Write the model card of the package."""
         if self.is_world_process_zero():
-            card = hub.model_card(self.core, *self._card(), self.hub_model_id or model_name or "")
+            card = hub.model_card(hub.merged(self._unwrapped), *self._card(), self.hub_model_id or model_name or "")
             Path(self.args.output_dir, "README.md").write_text(card, encoding="utf-8")
 
     def _card(self) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -60,6 +78,16 @@ class SavingTrainer(Trainer):
             f"({args.negative_share}), temperature {args.temperature}, learning rate {args.learning_rate}",
         }
         return [{"search with": f"{self.core.config.bits}-bit codes", **row}], recipe
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint, _ADAPTERS) if self.has_adapters else resume_from_checkpoint
+        super()._load_from_checkpoint(str(folder), model)
+
+    def _load_best_model(self) -> None:
+        if self.has_adapters:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._aside is None else str(self._aside)

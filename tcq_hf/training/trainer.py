@@ -17,6 +17,7 @@ from .batches import EpochOrder, EvaluationViews, TrainingViews, as_batch, class
 from .chunked import in_chunks
 from .feature_cache import EvaluationFeatures, FeatureCache, TrainingFeatures
 from .figures import perplexity, retrieval_figures
+from .learning_rates import set_backbone_rates
 from .objective import Objective
 from .saving import SavingTrainer
 from .views import PRESETS, augment
@@ -247,22 +248,19 @@ class TCQTrainer(SavingTrainer):
     # ---- Optimiser ----
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's optimiser with the backbone in groups of their own, at their own learning rate."""
+        """The Trainer's optimiser with the layers of the backbone in groups of their own, at their own rates."""
         if self.optimizer is None:
             super().create_optimizer(model)
             rate = self.args.backbone_learning_rate
-            rate = self.args.learning_rate / 100 if rate is None else rate
-            inside = {id(parameter) for parameter in self.core.backbone.parameters()}
-            for group in list(self.optimizer.param_groups):
-                backbone = [parameter for parameter in group["params"] if id(parameter) in inside]
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in inside]
-                if backbone:
-                    self.optimizer.add_param_group({**group, "params": backbone, "lr": rate})
+            if rate is None:
+                # Adapters start at nothing: they hold no knowledge that a large step could destroy.
+                rate = self.args.learning_rate / (10 if self.has_adapters else 100)
+            set_backbone_rates(self.optimizer, self.core.backbone, rate, self.args.layer_decay)
         return self.optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """As the Trainer has it, without the codebooks, whose norm plays no part."""
-        return [name for name in super().get_decay_parameter_names(model) if not name.endswith("quantizer.codebooks")]
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(".codebooks")]
 
 
 class _OrderOfEpoch(TrainerCallback):

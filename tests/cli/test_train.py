@@ -1,5 +1,6 @@
 """`tcq-hf train`: what it trains and saves, against the Python interface; config files; resuming; bad input."""
 
+import importlib.util
 import json
 import shutil
 
@@ -25,6 +26,7 @@ from tcq_hf import (
 )
 from tcq_hf.cli import main
 from tcq_hf.cli.inputs import load_pictures, new_processor
+from tcq_hf.index.code_cache import weights_digest
 
 SHORT = ["--num-train-epochs", "2", "--per-device-train-batch-size", "8", "--use-cpu"]
 
@@ -146,6 +148,38 @@ def test_the_last_blocks_are_trained(place, going_on, tmp_path, blocks, parts):
     before = weights(place / "model")
     expected = HEADS | {name for name in before if name.startswith(tuple(parts))}
     assert changed(before, weights(tmp_path / "out")) == expected
+
+
+def test_adapters_are_trained_and_saved_in_a_plain_model(place, going_on, tmp_path, capsys):
+    words = [*going_on, "--lora", "2", "--backbone-learning-rate", "0.01"]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    whole = weights(tmp_path / "out")
+    linear = {
+        f"backbone.blocks.{b}.{layer}.weight" for b in "01" for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    }
+    assert changed(weights(place / "model"), whole) == HEADS | linear
+    digest = weights_digest(TCQModel.from_pretrained(tmp_path / "out"))
+    assert f"weights SHA-256 {digest[:12]}" in printed
+    assert not (tmp_path / "out" / "adapters").exists()
+    shutil.rmtree(tmp_path / "out" / "checkpoint-8")
+    assert main([*words, "--resume"]) == 0
+    assert changed(whole, weights(tmp_path / "out")) == set()
+
+
+def test_adapters_of_a_new_model(fresh, tmp_path, capsys):
+    assert main([*fresh, "--lora", "2", "--loss-chunk-size", "3", "--max-steps", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "projection and codebooks start at PCA" in printed
+    assert set(table(printed)) == {"before", "after"}
+
+
+def test_adapters_without_peft_are_refused_before_anything_is_computed(going_on, capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "peft" else find(name, *rest))
+    monkeypatch.setattr("tcq_hf.cli.train._model", None)
+    assert main([*going_on, "--lora", "2"]) == 1
+    assert "pip install 'tcq_hf[peft]'" in capsys.readouterr().err
 
 
 def test_several_cached_views(going_on, capsys):
@@ -317,6 +351,8 @@ def test_help_shows_our_options_and_help_all_the_rest(capsys, command):
         (["--negative-filter", "best"], "invalid choice: 'best'"),
         (["--bits", "32"], "--model goes on with a saved model, --bits"),
         (["--train-blocks", "1", "--cached-views", "2"], "--cached-views is for a frozen backbone"),
+        (["--lora", "4", "--cached-views", "2"], "--cached-views is for a frozen backbone"),
+        (["--lora", "4", "--train-blocks", "1"], "--lora trains adapters instead of blocks"),
         (["--negative-shar", "0.2"], "unrecognized arguments: --negative-shar"),
     ],
 )
@@ -345,6 +381,9 @@ def test_dataset_and_output_are_required(capsys):
         (["--negative-share", "2"], "negative_share must be at least 0 and below 1, got 2"),
         (["--output-dir", "FILE"], "--output-dir: cannot write into"),
         (["--train-blocks", "3"], "--train-blocks must be from -1 to 2"),
+        (["--lora", "-1"], "rank must be at least 1, got -1"),
+        (["--layer-decay", "1.5"], "layer_decay must be above 0 and at most 1, got 1.5"),
+        (["--loss-chunk-size", "0"], "loss_chunk_size must be at least 1 picture"),
         (["--resume"], "there is no checkpoint in"),
         (["--per-device-train-batch-size", "64"], "fewer than one batch of 64"),
         (["--learning-rate", "1e38", "--max-grad-norm", "0"], "the loss is nan"),
