@@ -22,7 +22,7 @@ class TCQTrainingArguments(TrainingArguments):
         ValueError: For an impossible value, naming the argument.
     """
 
-    temperature: float = field(default=0.3, metadata={"help": "Temperature T of the contrastive loss."})
+    temperature: float = field(default=0.5, metadata={"help": "Temperature T of the contrastive loss."})
     loss_form: Literal["soft", "cross"] = field(
         default="soft",
         metadata={
@@ -31,8 +31,18 @@ class TCQTrainingArguments(TrainingArguments):
         },
     )
     negative_filter: FilterName = field(
-        default="fraction",
-        metadata={"help": "Which negatives leave the loss: none, fraction, topk, threshold or margin."},
+        default="auto",
+        metadata={
+            "help": "Which negatives leave the loss: those of the anchor's group in the neighbourhood graph of the "
+            "features, found without labels (auto), none, or by similarity: fraction, topk, threshold or margin."
+        },
+    )
+    positives: Literal["neighbours", "views"] = field(
+        default="neighbours",
+        metadata={
+            "help": "What is attracted to a picture: a view of the picture itself (views), or of a mutual neighbour in "
+            "the neighbourhood graph of the features, the picture among them (neighbours)."
+        },
     )
     negative_share: float = field(
         default=0.1,
@@ -59,7 +69,7 @@ class TCQTrainingArguments(TrainingArguments):
         default="photo", metadata={"help": f"Augmentation of the pictures, one of {', '.join(PRESETS)}."}
     )
     feature_dropout: float = field(
-        default=0.1, metadata={"help": "Dropout of the features when training from a FeatureCache."}
+        default=0.5, metadata={"help": "Dropout of the features when training from a FeatureCache."}
     )
     backbone_learning_rate: float | None = field(
         default=None,
@@ -99,6 +109,18 @@ class TCQTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.make_filter()
+        self._check_numbers()
+        for name, choices in (
+            ("loss_form", ("soft", "cross")),
+            ("positives", ("neighbours", "views")),
+            ("views", tuple(PRESETS)),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must be False: the column of pictures is none that forward() names")
+
+    def _check_numbers(self) -> None:
         for name in ("temperature", "clip_start", "usage_weight", "diversity_weight"):
             value = getattr(self, name)
             if not 0 <= value < math.inf or (name == "temperature" and not value):
@@ -115,12 +137,6 @@ class TCQTrainingArguments(TrainingArguments):
             raise ValueError(f"debias_prior must be at least 0 and below 1, got {self.debias_prior}")
         if not 0 <= self.feature_dropout < 1:
             raise ValueError(f"feature_dropout must be at least 0 and below 1, got {self.feature_dropout}")
-        if self.loss_form not in ("soft", "cross"):
-            raise ValueError(f"loss_form must be 'soft' or 'cross', got {self.loss_form!r}")
-        if self.views not in PRESETS:
-            raise ValueError(f"views must be one of {', '.join(PRESETS)}, got {self.views!r}")
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns must be False: the column of pictures is none that forward() names")
 
     def make_filter(self) -> Any:
         """The `NegativeFilter` that these arguments describe."""

@@ -3,7 +3,7 @@
 The crops of a batch of n images come as `[2n, ...]`: rows i and n + i are the two views of image i.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from tcq_hf.model.image_processing_tcq import TCQImageProcessor
 
 Batch = dict[str, torch.Tensor]
+# (epoch, row) in, the row that the second view is of.
+Partner = Callable[[int, int], int]
 
 
 class EpochOrder(torch.utils.data.Sampler):
@@ -56,6 +58,7 @@ class TrainingViews(torch.utils.data.Dataset):
         side: Side of the crops in pixels.
         preset: Ranges of the draws.
         seed: Seed of the draws.
+        partner: Chooses the picture of the second view; by default it is the same.
     """
 
     def __init__(
@@ -66,16 +69,20 @@ class TrainingViews(torch.utils.data.Dataset):
         side: int,
         preset: ViewPreset,
         seed: int,
+        partner: Partner | None = None,
     ) -> None:
         self.pictures, self.processor = raw_pictures(dataset, image_column), processor
-        self.side, self.preset, self.seed = side, preset, seed
+        self.side, self.preset, self.seed, self.partner = side, preset, seed, partner
 
     def __len__(self) -> int:
         return len(self.pictures)
 
     def __getitems__(self, keys: Sequence[int]) -> Batch:
-        """`crops` uint8 `[2n, C, S, S]` and `draws` float32 `[2n, draws]` of n keys from `EpochOrder`."""
-        return _crops(self, [divmod(key, len(self)) for key in keys], (0, 1))
+        """`crops` uint8 `[2n, C, S, S]`, `draws` float32 `[2n, draws]`, `rows` int64 `[n]` of n keys of an order."""
+        places = [divmod(key, len(self)) for key in keys]
+        seconds = [(epoch, row if self.partner is None else self.partner(epoch, row)) for epoch, row in places]
+        rows = torch.tensor([row for _, row in places])
+        return _crops(self, [*places, *seconds], [0] * len(places) + [1] * len(places)) | {"rows": rows}
 
 
 class EvaluationViews(torch.utils.data.Dataset):
@@ -97,7 +104,7 @@ class EvaluationViews(torch.utils.data.Dataset):
         """`pixel_values` float32 `[n, C, S, S]`, `labels` int64 `[n]`, and `crops` and `draws` of the views."""
         views = self.views
         pictures = [read_picture(views.pictures, views.processor, row) for row in rows]
-        batch = _crops(views, [(0, row) for row in rows], (0,)) if self.with_view else {}
+        batch = _crops(views, [(0, row) for row in rows], [0] * len(rows)) if self.with_view else {}
         return batch | {
             "pixel_values": views.processor(pictures, return_tensors="pt")["pixel_values"],
             "labels": torch.from_numpy(self.labels[list(rows)]),
@@ -127,17 +134,18 @@ def as_batch(batch: Batch) -> Batch:
 
 
 def _crops(views: TrainingViews, places: Sequence[tuple[int, int]], numbers: Sequence[int]) -> Batch:
-    """Crops and draws of some views of the pictures at (epoch, row)."""
+    """Crop and draw of one view, by its number, of the picture at each (epoch, row)."""
+    draws = np.stack([draw_view(views.seed, *place, number) for place, number in zip(places, numbers, strict=True)])
+    wanted: dict[int, list[int]] = {}
+    for index, (_, row) in enumerate(places):
+        wanted.setdefault(row, []).append(index)
 
-    def crops_of(place: tuple[int, int], picture_draws: np.ndarray) -> list[np.ndarray]:
-        picture = read_picture(views.pictures, views.processor, place[1])
-        return [cut(picture, draw, views.preset, views.side) for draw in picture_draws]
+    def crops_of(row: int) -> list[np.ndarray]:
+        picture = read_picture(views.pictures, views.processor, row)
+        return [cut(picture, draws[index], views.preset, views.side) for index in wanted[row]]
 
-    draws = np.stack([[draw_view(views.seed, *place, number) for number in numbers] for place in places])
     # In a worker process torch has one thread; in the process of the model the other cores can help.
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        crops = np.stack(list(pool.map(crops_of, places, draws)), axis=1)
-    return {
-        "crops": torch.from_numpy(crops.reshape(-1, *crops.shape[2:])),
-        "draws": torch.from_numpy(draws.transpose(1, 0, 2).reshape(len(crops) * len(places), -1)),
-    }
+        found = [crop for crops in pool.map(crops_of, wanted) for crop in crops]
+    order = np.argsort([index for indices in wanted.values() for index in indices])
+    return {"crops": torch.from_numpy(np.stack(found)[order]), "draws": torch.from_numpy(draws)}

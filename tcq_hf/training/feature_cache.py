@@ -19,7 +19,7 @@ from tcq_hf.index.inference import evaluation_mode
 from tcq_hf.index.streams import in_streams
 from tcq_hf.index.writing import written_aside
 
-from .batches import Batch, TrainingViews
+from .batches import Batch, Partner, TrainingViews
 from .views import PRESETS, ViewPreset, augment, cut, draw_view
 
 if TYPE_CHECKING:
@@ -116,19 +116,23 @@ class TrainingFeatures(torch.utils.data.Dataset):
     Args:
         cache: Where they come from; with one view only, both are that one.
         seed: Seed of the choice.
+        partner: Chooses the picture of the second view; by default it is the same.
     """
 
-    def __init__(self, cache: FeatureCache, seed: int) -> None:
-        self.cache, self.seed = cache, seed
+    def __init__(self, cache: FeatureCache, seed: int, partner: Partner | None = None) -> None:
+        self.cache, self.seed, self.partner = cache, seed, partner
 
     def __len__(self) -> int:
         return len(self.cache)
 
     def __getitems__(self, keys: Sequence[int]) -> Batch:
-        """`features` float32 `[2n, F]` of n keys from `EpochOrder`."""
-        rows = [key % len(self) for key in keys]
-        pairs = np.array([self._pair(*divmod(key, len(self))) for key in keys])
-        return {"features": self.cache.rows([*rows, *rows], pairs.T.ravel().tolist())}
+        """`features` float32 `[2n, F]` and `rows` int64 `[n]` of n keys from `EpochOrder`."""
+        places = [divmod(key, len(self)) for key in keys]
+        rows = [row for _, row in places]
+        seconds = rows if self.partner is None else [self.partner(*place) for place in places]
+        pairs = np.array([self._pair(*place) for place in places])
+        features = self.cache.rows([*rows, *seconds], pairs.T.ravel().tolist())
+        return {"features": features, "rows": torch.tensor(rows)}
 
     def _pair(self, epoch: int, row: int) -> np.ndarray:
         count = self.cache.views
@@ -186,7 +190,8 @@ def _key(source: TrainingViews, model: "TCQModel", weights: str, view: int) -> s
     parts = {
         "data": source.pictures._fingerprint,
         "backbone": [weights, config.backbone, config.backbone_kwargs, config.pooling, config.image_size],
-        "processor": source.processor.to_dict(),
+        # Where its code lies changes no pixel.
+        "processor": {name: value for name, value in source.processor.to_dict().items() if name != "auto_map"},
         "view": view,
         # The first view is the picture as search sees it: no draw, no preset.
         "draws": [repr(source.preset), source.seed] if view else None,

@@ -2,7 +2,7 @@
 
 A negative filter takes the similarities of N images, float `[N, N]`, detached, row = anchor, and gives a bool `[N, N]`:
 True where the image is dropped from the anchor's denominator. Its diagonal is False: the positive is never dropped.
-Larger similarity is closer.
+Larger similarity is closer. `same_group` gives such a mask from the groups of the images (`pseudo_labels.py`).
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import torch
 
 NegativeFilter = Callable[[torch.Tensor], torch.Tensor]
-FilterName = Literal["none", "fraction", "topk", "threshold", "margin"]
+FilterName = Literal["auto", "none", "fraction", "topk", "threshold", "margin"]
 
 
 def negative_filter(
@@ -22,8 +22,8 @@ def negative_filter(
     """The filter of a name, with the one value that it uses.
 
     Args:
-        name: `"none"`, `"fraction"` (uses `share`), `"topk"` (`count`), `"threshold"` (`threshold`) or `"margin"`
-            (`margin`).
+        name: `"none"`, `"fraction"` (uses `share`), `"topk"` (`count`), `"threshold"` (`threshold`), `"margin"`
+            (`margin`), or `"auto"`, where similarities of a batch drop none: `same_group` does.
         share: Share of the negatives to drop, at least 0 and below 1.
         count: Number of negatives to drop, at least 0.
         threshold: Similarity above which a negative is dropped, -1 to 1.
@@ -43,6 +43,7 @@ def negative_filter(
     if not 0 <= margin < math.inf:
         raise ValueError(f"negative_margin must be at least 0 and finite, got {margin}")
     return {
+        "auto": keep_all,
         "none": keep_all,
         "fraction": partial(drop_fraction, share=share),
         "topk": partial(drop_topk, count=count),
@@ -68,6 +69,19 @@ def image_similarity(similarity: torch.Tensor) -> torch.Tensor:
 def keep_all(similarity: torch.Tensor) -> torch.Tensor:
     """No negative is dropped: plain contrastive learning."""
     return torch.zeros_like(similarity, dtype=torch.bool)
+
+
+def same_group(groups: torch.Tensor) -> torch.Tensor:
+    """Negatives of the anchor's own group are dropped; an anchor may lose all.
+
+    Args:
+        groups: int64 `[N]`, -1 for an image that is of no group.
+
+    Returns:
+        bool `[N, N]`.
+    """
+    same = (groups[:, None] == groups) & (groups >= 0)
+    return same & ~torch.eye(len(groups), dtype=torch.bool, device=groups.device)
 
 
 def drop_topk(similarity: torch.Tensor, count: int) -> torch.Tensor:

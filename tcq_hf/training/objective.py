@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from .arguments import TCQTrainingArguments
 from .losses import contrastive_loss, diversity_loss, usage_loss, view_similarity
-from .negatives import image_similarity, keep_all
+from .negatives import drop_fraction, image_similarity, keep_all, same_group
 
 if TYPE_CHECKING:
     from tcq_hf.model.modeling_tcq import TCQOutput
@@ -22,6 +22,9 @@ class Objective:
     Args:
         arguments: Temperature, form, filter and weights.
     """
+
+    # Expected share of false negatives, once groups are known: for images that are of none.
+    share = 0.0
 
     def __init__(self, arguments: TCQTrainingArguments) -> None:
         self.arguments, self.filter = arguments, arguments.make_filter()
@@ -44,7 +47,12 @@ class Objective:
         return self.arguments.negative_filter != "topk" or self.arguments.negative_count < images - 1
 
     def __call__(
-        self, output: "TCQOutput", quantizer: "ProductQuantizer", epoch: float, joint: bool
+        self,
+        output: "TCQOutput",
+        quantizer: "ProductQuantizer",
+        epoch: float,
+        joint: bool,
+        groups: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss of a batch, a scalar, and its figures.
 
@@ -53,6 +61,8 @@ class Objective:
             quantizer: The live quantizer of the model.
             epoch: Where training stands; the filter works from `clip_start` on.
             joint: Take the images of all processes as one batch, with gradient.
+            groups: int64 `[n]`, pseudo-labels of the images, -1 where there is none; beside what the filter drops,
+                images of one group leave each other's denominators.
         """
         arguments, embeddings = self.arguments, output.embeddings
         restored = quantizer.soft_reconstruct(output.assignments)
@@ -60,15 +70,24 @@ class Objective:
         if joint and torch.distributed.is_initialized():
             embeddings, restored = gather_views(embeddings), gather_views(restored)
             usage = torch.stack(_gather(usage)).mean(dim=0)
+            groups = None if groups is None else torch.cat(_gather(groups))
         similarity = view_similarity(embeddings if arguments.loss_form == "cross" else restored, restored)
-        images = image_similarity(similarity)
-        drop = self.filter(images) if epoch >= arguments.clip_start and self._fits(len(images)) else keep_all(images)
+        drop = self._dropped(image_similarity(similarity), groups, epoch)
         loss = contrastive_loss(similarity, arguments.temperature, drop, arguments.debias_prior).mean()
         if arguments.usage_weight:
             loss = loss + arguments.usage_weight * usage_loss(usage)
         if arguments.diversity_weight:
             loss = loss + arguments.diversity_weight * diversity_loss(quantizer.normalized_codebooks())
         return loss, _figures(drop, output, embeddings)
+
+    def _dropped(self, images: torch.Tensor, groups: torch.Tensor | None, epoch: float) -> torch.Tensor:
+        """Mask `[n, n]` of the negatives that leave the loss, from similarities `[n, n]` and groups `[n]`."""
+        if epoch < self.arguments.clip_start:
+            return keep_all(images)
+        drop = self.filter(images) if self._fits(len(images)) else keep_all(images)
+        if groups is not None:
+            return drop | same_group(groups)
+        return drop_fraction(images, self.share) if self.arguments.negative_filter == "auto" else drop
 
 
 def gather_views(vectors: torch.Tensor) -> torch.Tensor:

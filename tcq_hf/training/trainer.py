@@ -1,24 +1,32 @@
 """TCQTrainer: transformers' Trainer for learning codes from pictures without labels."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import EvalPrediction, TrainerCallback
 from transformers.trainer_utils import PredictionOutput
 
+from tcq_hf.index.encoding import extract_features
+from tcq_hf.index.inference import evaluation_mode
 from tcq_hf.model.image_processing_tcq import TCQImageProcessor
 from tcq_hf.model.modeling_tcq import TCQModel, TCQOutput
 
 from .arguments import TCQTrainingArguments
-from .batches import EpochOrder, EvaluationViews, TrainingViews, as_batch, class_labels
+from .batches import EpochOrder, EvaluationViews, Partner, TrainingViews, as_batch, class_labels
 from .chunked import in_chunks
 from .feature_cache import EvaluationFeatures, FeatureCache, TrainingFeatures
 from .figures import perplexity, retrieval_figures
 from .learning_rates import set_backbone_rates
 from .objective import Objective
+from .pseudo_labels import FILE_NAME, PseudoLabels, find_groups, find_pseudo_labels
 from .saving import SavingTrainer
 from .views import PRESETS, augment
 
@@ -78,6 +86,8 @@ class TCQTrainer(SavingTrainer):
             **kwargs,
         )
         self._objective = Objective(args)
+        self._pseudo_labels: PseudoLabels | None = None
+        self._groups: torch.Tensor | None = None
         self._preset = PRESETS[args.views]
         self._sums: dict[str, torch.Tensor] = {}
         self._summed = 0
@@ -92,7 +102,11 @@ class TCQTrainer(SavingTrainer):
         if given is None:
             raise ValueError("training needs a train_dataset")
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        views = TrainingFeatures(given, seed) if isinstance(given, FeatureCache) else self._views(given, seed)
+        if self._pseudo_labels is None and (self.args.negative_filter == "auto" or self.args.positives == "neighbours"):
+            self._use(self._once(lambda: find_pseudo_labels(self._training_features(), seed)))
+        partner = partial(self._pseudo_labels.partner, seed) if self.args.positives == "neighbours" else None
+        cached = isinstance(given, FeatureCache)
+        views = TrainingFeatures(given, seed, partner) if cached else self._views(given, seed, partner)
         order = EpochOrder(len(views), seed)
         self.pop_callback(_OrderOfEpoch)
         self.add_callback(_OrderOfEpoch(order))
@@ -112,9 +126,9 @@ class TCQTrainer(SavingTrainer):
         """Batches of pictures as search sees them, and of labels."""
         return self._evaluation_batches(test_dataset, "test_dataset", with_view=False)
 
-    def _views(self, pictures: datasets.Dataset, seed: int) -> TrainingViews:
-        side = self.core.config.image_size
-        return TrainingViews(pictures, self.processing_class, self.args.image_column, side, self._preset, seed)
+    def _views(self, pictures: datasets.Dataset, seed: int, partner: Partner | None = None) -> TrainingViews:
+        side, column = self.core.config.image_size, self.args.image_column
+        return TrainingViews(pictures, self.processing_class, column, side, self._preset, seed, partner)
 
     def _evaluation_batches(self, given: Any, name: str, with_view: bool) -> torch.utils.data.DataLoader:
         self._check_dataset(self.args, given, name)
@@ -155,6 +169,51 @@ class TCQTrainer(SavingTrainer):
                 f"{name} has no column {args.image_column!r} (image_column); its columns are {given.column_names}"
             )
 
+    # ---- Pseudo-labels ----
+
+    def regroup(self, number: int | None = None) -> None:
+        """Find the groups of the training pictures anew, from the embeddings that they have now.
+
+        Args:
+            number: How many, by spherical k-means; by default communities of the neighbourhood graph.
+        """
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        groups = self._once(lambda: find_groups(self._training_embeddings(), seed, number))
+        self._use(replace(self._pseudo_labels or PseudoLabels.none(len(groups)), groups=groups))
+
+    def _use(self, labels: PseudoLabels) -> None:
+        self._pseudo_labels = labels
+        self._groups = torch.from_numpy(labels.groups).to(self.args.device)
+        self._objective.share = labels.share
+
+    def _once(self, find: Callable[[], Any]) -> Any:
+        """What `find` gives in the first process, in all of them."""
+        return broadcast_object_list([find() if self.is_world_process_zero() else None])[0]
+
+    def _training_features(self) -> np.ndarray:
+        """Features float32 `[N, F]` of the training pictures as search sees them."""
+        given, args = self.train_dataset, self.args
+        if isinstance(given, FeatureCache):
+            return given.features()
+        return extract_features(given, self.core, self.processing_class, args.image_column, args.eval_batch_size)
+
+    @torch.inference_mode()
+    def _training_embeddings(self) -> np.ndarray:
+        """Embeddings float32 `[N, D]` of the same."""
+        blocks, model = torch.from_numpy(self._training_features()).split(4096), self.core
+        with evaluation_mode(model):
+            return np.concatenate([model(features=block.to(model.device)).embeddings.cpu().numpy() for block in blocks])
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._pseudo_labels is not None and self.args.should_save:
+            self._pseudo_labels.save(Path(output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if Path(resume_from_checkpoint, FILE_NAME).is_file():
+            self._use(PseudoLabels.load(Path(resume_from_checkpoint)))
+
     # ---- Loss ----
 
     def compute_loss(
@@ -162,7 +221,9 @@ class TCQTrainer(SavingTrainer):
     ) -> torch.Tensor | tuple[torch.Tensor, TCQOutput]:
         """Loss of a batch of two views, over the joint batch of all processes."""
         output = self._output(model, inputs)
-        loss, figures = self._objective(output, self.core.quantizer, self.state.epoch or 0.0, joint=model.training)
+        groups = self._groups[inputs["rows"]] if self._groups is not None and "rows" in inputs else None
+        epoch = self.state.epoch or 0.0
+        loss, figures = self._objective(output, self.core.quantizer, epoch, model.training, groups)
         if model.training:
             if not loss.isfinite():
                 raise FloatingPointError(

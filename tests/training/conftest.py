@@ -28,6 +28,9 @@ def arguments(tmp_path):
             "use_cpu": True,
             "disable_tqdm": True,
             "report_to": "none",
+            # The plain method; what the defaults add is tested in test_pseudo_labels.py.
+            "negative_filter": "fraction",
+            "positives": "views",
         }
         return TCQTrainingArguments(**(given | changed))
 

@@ -31,9 +31,11 @@ def parse(tmp_path):
 
 
 DEFAULTS = {
-    "temperature": 0.3,
+    "temperature": 0.5,
     "loss_form": "soft",
-    "negative_filter": "fraction",
+    "negative_filter": "auto",
+    "positives": "neighbours",
+    "feature_dropout": 0.5,
     "negative_share": 0.1,
     "clip_start": 0,
     "debias_prior": None,
@@ -97,6 +99,7 @@ IMPOSSIBLE = [
     *[("negative_margin", value) for value in (-0.1, math.inf, math.nan)],
     *[("negative_filter", value) for value in ("fractoin", "", None)],
     *[("loss_form", value) for value in ("hard", "", None)],
+    *[("positives", value) for value in ("neighbors", "", None)],
     *[("views", value) for value in ("photos", "", None)],
     ("remove_unused_columns", True),
 ]
@@ -144,8 +147,9 @@ def test_an_unknown_argument_is_refused(make):
     ("values", "dropped"),
     [
         ({"negative_filter": "none"}, 0),
-        ({}, 1),  # floor(0.1 x 19)
-        ({"negative_share": 0.3}, 5),
+        ({}, 0),  # groups decide
+        ({"negative_filter": "fraction"}, 1),  # floor(0.1 x 19)
+        ({"negative_filter": "fraction", "negative_share": 0.3}, 5),
         ({"negative_filter": "topk", "negative_count": 4}, 4),
         ({"negative_filter": "threshold", "negative_threshold": 0.655}, 6),
         ({"negative_filter": "margin", "negative_margin": 0.365}, 7),
@@ -169,7 +173,7 @@ def test_help_shows_every_argument(capsys):
     for field in dataclasses.fields(TCQTrainingArguments):
         assert f"--{field.name}" in text or not field.init
     assert "Temperature T of the contrastive loss." in text
-    assert "{none,fraction,topk,threshold,margin}" in text
+    assert "{auto,none,fraction,topk,threshold,margin}" in text
 
 
 def test_the_command_line_reads_every_kind_of_value(parse):
@@ -228,10 +232,10 @@ def test_the_command_line_refuses_impossible_values_too(parse, words, name):
 def test_a_dict_is_read(tmp_path):
     given = {"output_dir": str(tmp_path), "use_cpu": True, "negative_filter": "margin", "negative_margin": 0.2}
     (found,) = HfArgumentParser(TCQTrainingArguments).parse_dict(given)
-    assert (found.negative_filter, found.negative_margin, found.temperature) == ("margin", 0.2, 0.3)
+    assert (found.negative_filter, found.negative_margin, found.temperature) == ("margin", 0.2, 0.5)
     with pytest.raises(ValueError, match="temprature"):
         HfArgumentParser(TCQTrainingArguments).parse_dict({**given, "temprature": 1.0})
-    with pytest.raises(ValueError, match=r"^negative_filter must be one of none, fraction"):
+    with pytest.raises(ValueError, match=r"^negative_filter must be one of auto, none, fraction"):
         HfArgumentParser(TCQTrainingArguments).parse_dict({**given, "negative_filter": "fractoin"})
 
 
@@ -241,6 +245,6 @@ def test_json_holds_every_argument_and_makes_the_same_ones(make):
     )
     values = json.loads(given.to_json_string())
     assert {field.name for field in dataclasses.fields(TCQTrainingArguments) if field.init} <= set(values)
-    names = [*DEFAULTS, "negative_count", "negative_threshold", "negative_margin", "feature_dropout"]
+    names = [*DEFAULTS, "negative_count", "negative_threshold", "negative_margin", "positives"]
     again = make(**{name: values[name] for name in names})
     assert {name: getattr(again, name) for name in names} == {name: getattr(given, name) for name in names}

@@ -50,6 +50,18 @@ def one_by_one(dataset, epoch, processor, seed=SEED):
     return np.array(crops), draws
 
 
+def test_a_partner_gives_the_picture_of_the_second_view(dataset, processor):
+    """One partner is another row of the batch, one is outside of it, one is the row itself."""
+    of = {0: 3, 3: 9, 5: 5}
+    views = TrainingViews(dataset, processor, "image", SIDE, PRESETS["photo"], SEED, lambda epoch, row: of[row] + epoch)
+    batch = views.__getitems__([len(dataset) + row for row in of])
+    crops, draws = one_by_one(dataset, 1, processor)
+    rows, seconds = list(of), [row + 1 for row in of.values()]
+    assert batch["rows"].tolist() == rows
+    np.testing.assert_array_equal(batch["crops"], np.concatenate([crops[rows, 0], crops[seconds, 1]]))
+    np.testing.assert_array_equal(batch["draws"], np.concatenate([draws[rows, 0], draws[seconds, 1]]))
+
+
 # --- Order -----------------------------------------------------------------------------------------------------------
 
 
@@ -218,7 +230,7 @@ def test_a_bad_picture_names_row_and_path_in_a_worker_too(
     if kind is EvaluationViews:
         views = EvaluationViews(views, np.zeros(12, np.int64), with_view=False)
     batches = iter(loader(views, range(12), 4, num_workers))
-    assert len(next(batches)) == len(next(batches)) == 2
+    assert [len(next(batches)), len(next(batches))] == ([3, 3] if kind is TrainingViews else [2, 2])
     with pytest.raises(ValueError, match=r"cannot read the picture in row 9\b") as caught:
         next(batches)
     assert name is None or bad_files[name] in str(caught.value)

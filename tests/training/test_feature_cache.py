@@ -482,13 +482,22 @@ def cache(dataset, model, processor):
     return FeatureCache(dataset, model, processor, views=3)
 
 
+def test_a_partner_gives_the_picture_of_the_second_view(cache):
+    only = cache.select(np.arange(10))
+    only.views = 1
+    batch = TrainingFeatures(only, 4, lambda epoch, row: (row + epoch) % 10).__getitems__([20, 23])
+    np.testing.assert_array_equal(batch["features"], only.features()[[0, 3, 2, 5]])
+    assert batch["rows"].tolist() == [0, 3]
+
+
 def test_a_training_batch_holds_two_different_views_of_each_row(cache):
     features = np.stack([cache.features(view) for view in range(3)])
     rows = list(range(32))
     for epoch in (0, 1, 7):
         batch = TrainingFeatures(cache, 4).__getitems__([epoch * 32 + row for row in rows])
-        assert set(batch) == {"features"}
+        assert set(batch) == {"features", "rows"}
         assert batch["features"].shape == (64, 32)
+        assert batch["rows"].tolist() == rows
         chosen = [
             [view for view in range(3) if np.array_equal(features[view, row], batch["features"][place])]
             for place, row in enumerate([*rows, *rows])

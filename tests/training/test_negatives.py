@@ -103,7 +103,7 @@ def test_a_share_just_below_one_leaves_a_negative():
 @pytest.mark.parametrize(
     ("name", "values", "match"),
     [
-        ("fractoin", {}, "negative_filter must be one of none, fraction, topk, threshold, margin, got 'fractoin'"),
+        ("fractoin", {}, "negative_filter must be one of auto, none, fraction, topk, threshold, margin"),
         ("fraction", {"share": 1.0}, "negative_share must be at least 0 and below 1, got 1.0"),
         ("fraction", {"share": -0.1}, "negative_share"),
         ("fraction", {"share": math.nan}, "negative_share"),

@@ -25,7 +25,8 @@ def make(tmp_path):
     """Makes objectives; the arguments that are left out have their defaults."""
 
     def made(**values):
-        return Objective(TCQTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **values))
+        given = {"use_cpu": True, "report_to": "none", "negative_filter": "fraction", "temperature": 0.3} | values
+        return Objective(TCQTrainingArguments(output_dir=str(tmp_path), **given))
 
     return made
 

@@ -113,6 +113,8 @@ def test_training_lowers_the_loss_of_the_same_views(trainer, started, dataset, p
         per_device_train_batch_size=32,
         num_train_epochs=200,
         learning_rate=1e-2,
+        temperature=0.3,
+        feature_dropout=0.1,
         logging_strategy="no",
     )
     before = run.evaluate()

@@ -1,0 +1,1 @@
+"""Neighbourhood graphs: who is near whom, and what that says about a search."""
