@@ -7,7 +7,7 @@ how large they are: groups are the communities of the neighbourhood graph.
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,10 +60,9 @@ class PseudoLabels:
         draw = int(np.random.default_rng((seed, epoch, row, 2)).integers(stop - start + 1))
         return row if draw == 0 else int(self.neighbours[start + draw - 1])
 
-    @classmethod
-    def none(cls, count: int) -> "PseudoLabels":
-        """Of pictures of which nothing is known."""
-        return cls(np.full(count, -1), np.zeros(count + 1, np.int64), np.empty(0, np.int64))
+    def without_groups(self) -> "PseudoLabels":
+        """The neighbours alone."""
+        return replace(self, groups=np.full_like(self.groups, -1))
 
     def save(self, folder: Path) -> None:
         """Write `pseudo_labels.safetensors`."""

@@ -37,7 +37,9 @@ class TCQTrainer(SavingTrainer):
     Logs, beside the loss: `dropped_share` of the negatives, `codebook_perplexity` (codewords in use, 1 to K) and
     `embedding_spread` (mean of 1 - cosine over all pairs, 0 when all embeddings are one). `evaluate` gives, with class
     labels, `eval_map` and `eval_map_strict` at k = 1,000 and `eval_precision@k`, where each row queries the others; and
-    always the label-free `eval_quantization_error` (mean of 1 - score / M of a picture with its own code) and, where
+    always the label-free `eval_quality` (0 to 1, how well the neighbourhoods of pictures agree; with
+    `metric_for_best_model="eval_quality"` it selects the checkpoint; groups that run together raise it too, watch
+    `embedding_spread`), `eval_quantization_error` (mean of 1 - score / M of a picture with its own code) and, where
     views are at hand, `eval_loss` and `eval_view_recall@1` (share of pictures that a changed copy finds first).
     `predict` gives embeddings `[N, D]` and codes `[N, M]`. Each checkpoint holds what `hub.save` writes.
 
@@ -103,7 +105,8 @@ class TCQTrainer(SavingTrainer):
             raise ValueError("training needs a train_dataset")
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         if self._pseudo_labels is None and (self.args.negative_filter == "auto" or self.args.positives == "neighbours"):
-            self._use(self._once(lambda: find_pseudo_labels(self._training_features(), seed)))
+            labels = self._once(lambda: find_pseudo_labels(self._training_features(), seed))
+            self._use(labels if self.args.negative_filter == "auto" else labels.without_groups())
         partner = partial(self._pseudo_labels.partner, seed) if self.args.positives == "neighbours" else None
         cached = isinstance(given, FeatureCache)
         views = TrainingFeatures(given, seed, partner) if cached else self._views(given, seed, partner)
@@ -179,7 +182,8 @@ class TCQTrainer(SavingTrainer):
         """
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         groups = self._once(lambda: find_groups(self._training_embeddings(), seed, number))
-        self._use(replace(self._pseudo_labels or PseudoLabels.none(len(groups)), groups=groups))
+        known = self._pseudo_labels or PseudoLabels(groups, np.zeros(len(groups) + 1, np.int64), np.empty(0, np.int64))
+        self._use(replace(known, groups=groups))
 
     def _use(self, labels: PseudoLabels) -> None:
         self._pseudo_labels = labels

@@ -146,6 +146,13 @@ def test_the_logged_loss_leaves_the_groups_out(trainer, started, dataset):
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_neighbours_alone_drop_no_negative(trainer):
+    made = trainer(negative_filter="none", positives="neighbours")
+    made.train()
+    assert all(log["dropped_share"] == 0 for log in made.state.log_history if "dropped_share" in log)
+    assert len(made._pseudo_labels.neighbours)
+
+
 def test_evaluation_drops_the_share_that_training_found(trainer, dataset):
     made = trainer(negative_filter="auto", eval_dataset=dataset)
     made.train()
