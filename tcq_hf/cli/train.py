@@ -244,6 +244,7 @@ def _report(
         "eval_map": f"mAP@{k}",
         "eval_map_strict": f"mAP@{k} strict",
         "eval_precision@10": "P@10",
+        "eval_quality": "quality",
         "eval_view_recall@1": "view recall@1",
         "eval_quantization_error": "quantization error",
     }

@@ -91,8 +91,8 @@ def quality(graph: KNNGraph, kind: Literal["authority", "reciprocal"] = "authori
     """How well neighbourhoods agree with those of their members: the effectiveness of a search, without labels.
 
     N_q is q itself followed by its neighbours, so k, its size, is one more than the neighbours that the graph holds:
-    the k = 20 of the publications is a graph of 19. Authority is `1 / (n k^2) sum_q sum_{i in N_q} |N_i n N_q|`, at
-    most 1. Reciprocal counts each j of the intersection as one over its position in N_q, so that it is at most
+    the usual k = 20 is a graph of 19. Authority is `1 / (n k^2) sum_q sum_{i in N_q} |N_i n N_q|`, at most 1.
+    Reciprocal counts each j of the intersection as one over its position in N_q, so that it is at most
     `(1 + 1/2 + ... + 1/k) / k` (Valem and Pedronette, PRL 2020). Only figures of one k on one set of rows compare.
 
     Args:

@@ -38,9 +38,10 @@ class TCQTrainer(SavingTrainer):
     `embedding_spread` (mean of 1 - cosine over all pairs, 0 when all embeddings are one). `evaluate` gives, with class
     labels, `eval_map` and `eval_map_strict` at k = 1,000 and `eval_precision@k`, where each row queries the others; and
     always the label-free `eval_quality` (0 to 1, how well the neighbourhoods of pictures agree; with
-    `metric_for_best_model="eval_quality"` it selects the checkpoint; groups that run together raise it too, watch
-    `embedding_spread`), `eval_quantization_error` (mean of 1 - score / M of a picture with its own code) and, where
-    views are at hand, `eval_loss` and `eval_view_recall@1` (share of pictures that a changed copy finds first).
+    `metric_for_best_model="eval_quality"` it selects the checkpoint; embeddings squeezed into few dimensions raise it
+    too, and then `eval_view_recall@1` falls), `eval_quantization_error` (mean of 1 - score / M of a picture with its
+    own code) and, where views are at hand, `eval_loss` and `eval_view_recall@1` (share of pictures that a changed copy
+    finds first).
     `predict` gives embeddings `[N, D]` and codes `[N, M]`. Each checkpoint holds what `hub.save` writes.
 
     Args:

@@ -225,7 +225,7 @@ def test_pictures_without_labels(place, going_on, tmp_path, capsys):
     for path in (place / "pictures").rglob("*.png"):
         shutil.copy(path, folder / path.name)
     assert main([*going_on, "--dataset", str(folder), "--max-steps", "1"]) == 0
-    assert set(table(capsys.readouterr().out)["after"]) == {"error"}
+    assert set(table(capsys.readouterr().out)["after"]) == {"quality", "error"}
 
 
 # --- Going on --------------------------------------------------------------------------------------------------------
