@@ -111,8 +111,9 @@ def test_more_fields_of_the_adapters(started):
     assert (config.r, config.lora_alpha, config.lora_dropout, config.target_modules) == (3, 5, 0.1, {"qkv"})
 
 
-def test_large_batches_and_evaluation(trainer, adapted, dataset):
-    run = trainer(model=adapted, eval_dataset=dataset, loss_chunk_size=3, eval_strategy="epoch", bf16=True)
+def test_large_batches_neighbours_and_evaluation(trainer, adapted, dataset):
+    found = {"negative_filter": "auto", "positives": "neighbours"}
+    run = trainer(model=adapted, eval_dataset=dataset, loss_chunk_size=3, eval_strategy="epoch", bf16=True, **found)
     run.train()
     assert {"eval_map", "eval_loss"} <= set(run.evaluate())
 
