@@ -8,6 +8,11 @@ features to unit norm first.
 import faiss
 import numpy as np
 
+from tcq_hf.rerank.graph import KNNGraph
+
+# Selection of random projections: neighbours that count, rows looked at, largest correlation of two bits.
+_NEIGHBOURS, _SELECTION_ROWS, _MAX_CORRELATION = 5, 5000, 0.6
+
 
 def float_cosine(
     queries: np.ndarray, database: np.ndarray, train: np.ndarray, centre: bool = False
@@ -64,8 +69,14 @@ def opq(
     centre: bool = False,
     seed: int = 1234,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """FAISS product quantization after the rotation that FAISS learns for it; arguments and result as those of `pq`."""
+    """FAISS product quantization after the rotation that FAISS learns for it; arguments and result as those of `pq`.
+
+    Raises:
+        ValueError: Also if `train` has fewer rows than features.
+    """
     queries, database, train = _prepare(queries, database, train, bits, codebook_bits, centre)
+    if len(train) < train.shape[1]:  # FAISS would write beyond its memory
+        raise ValueError(f"train must have at least {train.shape[1]} rows, one for each feature, got {len(train)}")
     rotation = faiss.OPQMatrix(train.shape[1], bits // codebook_bits)
     # The rotation leaves its quantizer at four k-means rounds, so the codes get another.
     quantizer = _quantizer(train.shape[1], bits, codebook_bits, seed)
@@ -126,6 +137,60 @@ def random_projections(
     projections.init(seed)
     mean = train.mean(axis=0)
     return _signs(projections.apply(queries - mean)), _signs(projections.apply(database - mean))
+
+
+def selected_projections(
+    queries: np.ndarray, database: np.ndarray, train: np.ndarray, bits: int, seed: int = 0, pool: int = 2048
+) -> tuple[np.ndarray, np.ndarray]:
+    """Signs of those random projections that keep neighbours together, after Fakhr et al. (NCAA 2018).
+
+    A projection scores the probability that its bit is the same for two of the five nearest neighbours in `train`, less
+    that of any two rows. Projections are taken by score as long as the signs correlate below 0.6 with those of each one
+    taken before; where the pool has too few of these, the best of the others follow.
+
+    Args:
+        queries: Float `[Q, F]`.
+        database: Float `[N, F]`.
+        train: Float `[T, F]`, more than five rows; 5,000 drawn by `seed` are used.
+        bits: Bits of a code.
+        seed: Seed of projections and draws.
+        pool: Projections to choose from, at least `bits`.
+
+    Returns:
+        Signs -1 and 1 of queries `[Q, bits]` and database `[N, bits]`; inner product = bits - 2 Hamming distance.
+    """
+    _check(queries, database, train)
+    if not 1 <= bits <= pool:
+        raise ValueError(f"bits must be from 1 to {pool}, the projections to choose from, got {bits}")
+    if len(train) <= _NEIGHBOURS:
+        raise ValueError(f"train must have more than {_NEIGHBOURS} rows, whose neighbours are kept, got {len(train)}")
+    queries, database, train = (_unit(vectors) for vectors in (queries, database, train))
+    generator = np.random.default_rng(seed)
+    projections = generator.standard_normal((train.shape[1], pool)).astype(np.float32)
+    mean = train.mean(axis=0)
+    sample = train[generator.permutation(len(train))[:_SELECTION_ROWS]] - mean
+    chosen = projections[:, _select(_signs(sample @ projections), _neighbour_pairs(sample), bits, generator)]
+    return _signs((queries - mean) @ chosen), _signs((database - mean) @ chosen)
+
+
+def _neighbour_pairs(rows: np.ndarray) -> np.ndarray:
+    """Each row with each of its five nearest neighbours by cosine, int64 `[5 n, 2]`."""
+    neighbours = KNNGraph.build(rows, _NEIGHBOURS).neighbours
+    return np.stack([np.repeat(np.arange(len(rows)), _NEIGHBOURS), neighbours.ravel()], axis=1)
+
+
+def _select(signs: np.ndarray, pairs: np.ndarray, bits: int, generator: np.random.Generator) -> list[int]:
+    """Columns of `signs` `[n, pool]`, best first."""
+    random = generator.integers(len(signs), size=(len(pairs), 2))
+    near, far = ((signs[some[:, 0]] == signs[some[:, 1]]).mean(axis=0) for some in (pairs, random))
+    order = np.argsort(far - near, kind="stable")
+    taken: list[int] = []
+    for bit in order.tolist():
+        if len(taken) == bits:
+            return taken
+        if not taken or np.abs(signs[:, bit] @ signs[:, taken] / len(signs)).max() < _MAX_CORRELATION:
+            taken.append(bit)
+    return [*taken, *(bit for bit in order.tolist() if bit not in taken)][:bits]
 
 
 def float_scores(queries: np.ndarray, database: np.ndarray, centre: bool = False) -> np.ndarray:
