@@ -9,21 +9,19 @@ chunk instead of the batch; a step takes one forward pass more.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
-if TYPE_CHECKING:
-    from tcq_hf.model.modeling_tcq import TCQOutput
+from tcq_hf.model.modeling_tcq import TCQOutput
 
 
 def in_chunks(
-    embed: Callable[..., "TCQOutput"],
+    embed: Callable[..., TCQOutput],
     tensors: tuple[torch.Tensor, ...],
     size: int,
     no_sync: Callable[[], AbstractContextManager] = nullcontext,
-) -> "TCQOutput":
+) -> TCQOutput:
     """The output of the joint batch, equal to `embed(*tensors)` up to rounding, in the memory of a chunk.
 
     torch's checkpoints make the two passes: they keep the random state and the autocast of each chunk, so that dropout
@@ -34,7 +32,7 @@ def in_chunks(
         embed: The model on some rows of the tensors; must do the same when it is called again.
         tensors: Each `[n, ...]`, one row a view.
         size: Rows in a chunk.
-        no_sync: Keeps DistributedDataParallel from preparing to exchange gradients: all chunks share one exchange.
+        no_sync: Keeps DistributedDataParallel from exchanging gradients: it does so once, after the last chunk.
 
     Returns:
         A `TCQOutput` of n rows.
@@ -42,10 +40,23 @@ def in_chunks(
     chunks = list(zip(*(tensor.split(size) for tensor in tensors), strict=True))
     if len(chunks) == 1:
         return embed(*tensors)
-    outputs = []
-    for number, chunk in enumerate(chunks, start=1):
-        with nullcontext() if number == len(chunks) else no_sync():
-            outputs.append(
-                checkpoint(embed, *chunk, use_reentrant=False, context_fn=lambda: (nullcontext(), no_sync()))
-            )
-    return type(outputs[0])(**{name: torch.cat([output[name] for output in outputs]) for name in outputs[0]})
+    # The gradient comes back from the last chunk to the first, which is therefore the one to exchange after.
+    outputs = [_forgotten(embed, chunk, no_sync if number else nullcontext) for number, chunk in enumerate(chunks)]
+    return TCQOutput(*(torch.cat(parts) for parts in zip(*outputs, strict=True)))
+
+
+def _forgotten(
+    embed: Callable[..., TCQOutput], chunk: tuple[torch.Tensor, ...], context: Callable[[], AbstractContextManager]
+) -> tuple[torch.Tensor, ...]:
+    """The tensors of the output of a chunk, which is computed again when their gradient comes.
+
+    The reentrant checkpoint keeps no graph of the first pass. The other kind keeps one, without its tensors: thousands
+    of small objects that lie scattered in the memory of a CPU, so that what is freed between them is not used again.
+    """
+
+    def run(_: torch.Tensor, *rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with context():
+            return embed(*rows).to_tuple()
+
+    # A result has a gradient only if an argument has one.
+    return checkpoint(run, torch.zeros((), requires_grad=True), *chunk, use_reentrant=True)

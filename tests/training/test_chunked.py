@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from tcq_hf import FeatureCache, TCQModel
+from tcq_hf import FeatureCache, TCQModel, TCQOutput
 from tcq_hf.training.chunked import in_chunks
 
 # Gradients are sums of at most some thousand float32 terms (2n views, 17 tokens) in another order: each sum is off by
@@ -89,7 +89,7 @@ def test_dropout_and_stochastic_depth_are_the_same_in_both_passes(trainer, rando
 
     def remembered(embed, tensors, rows, _):
         outputs = [embed(*chunk) for chunk in zip(*(tensor.split(rows) for tensor in tensors), strict=True)]
-        return type(outputs[0])(**{name: torch.cat([output[name] for output in outputs]) for name in outputs[0]})
+        return TCQOutput(**{name: torch.cat([output[name] for output in outputs]) for name in outputs[0]})
 
     monkeypatch.setattr("tcq_hf.training.trainer.in_chunks", remembered)
     torch.manual_seed(3)
@@ -163,7 +163,7 @@ def test_one_chunk_is_remembered_at_a_time():
         hidden = rows * weight
         alive.append(torch.multiprocessing.reductions.StorageWeakRef(hidden.untyped_storage()))
         counts.append(sum(not each.expired() for each in alive))
-        return {"embeddings": Counted.apply(hidden)}
+        return TCQOutput(embeddings=Counted.apply(hidden))
 
     counts = []
     rows = torch.arange(40.0).view(10, 4)
@@ -171,6 +171,17 @@ def test_one_chunk_is_remembered_at_a_time():
     assert len(alive) == 10  # five chunks, twice
     assert max(counts) <= 2  # the one that runs, and at most the one before it
     torch.testing.assert_close(weight.grad, 2 * rows.square().sum(dim=0))
+
+
+def test_the_first_pass_keeps_no_graph_of_the_model(started):
+    output = in_chunks(lambda pixels: started(pixel_values=pixels), (torch.randn(12, 3, 32, 32),), 2)
+    found, ahead = set(), [output.embeddings.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        found.add(node)
+        ahead += [following for following, _ in node.next_functions if following not in {None, *found}]
+    # The concatenation, and for each of the six chunks its function and the leaf that this hangs on.
+    assert len(found) == 1 + 2 * 6
 
 
 def test_evaluation_runs_through_the_model_once(trainer, dataset, monkeypatch):
