@@ -58,7 +58,7 @@ def run(picture_folder, started, tmp_path):
 
 def test_two_processes_learn_what_one_learns_from_the_joint_batch(run):
     lines = """
-    descent = dict(optim="sgd", learning_rate=0.5, loss_chunk_size={chunk})
+    descent = dict(optim="sgd", learning_rate=0.5, gradient_accumulation_steps=2, loss_chunk_size={chunk})
     for name, options in (("soft", dict()), ("cross", dict(loss_form="cross")), ("chunked", descent)):
         folder = output + "/" + name
         trainer = make(output_dir=folder, per_device_train_batch_size={batch}, ddp_backend={backend}, **options)
@@ -71,7 +71,7 @@ def test_two_processes_learn_what_one_learns_from_the_joint_batch(run):
     alone = run(lines.format(batch=16, backend=None, chunk=None), "alone")
     joint = run(lines.format(batch=8, backend="'gloo'", chunk=3), "joint", processes=2)
     start = TCQModel.from_pretrained(alone.parent / "start").state_dict()
-    # The last one has chunks of 3 pictures in each of two processes, and steps along the gradient itself.
+    # The last one: chunks of 3 pictures in each of two processes, steps along the gradient itself, of two batches.
     for form, close in (("soft", 0.05), ("cross", 0.05), ("chunked", 1e-3)):
         logs = [json.loads((folder / form / "log.json").read_text()) for folder in (alone, joint)]
         for one, both in zip(*logs, strict=True):
