@@ -4,7 +4,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from tcq_hf import TCQModel, __version__
 from tcq_hf.evaluation import baselines
 from tcq_hf.evaluation.metrics import Curve, Evaluation, evaluate
 from tcq_hf.evaluation.protocols import Split
+from tcq_hf.evaluation.significance import Difference, paired_bootstrap
 from tcq_hf.index.inference import evaluation_mode
 
 Vectors = tuple[np.ndarray, np.ndarray]
@@ -38,12 +39,14 @@ class Way:
         bits: Bits of one row of the database.
         search: Seed in, vectors of queries `[Q, D]` and database `[N, D]` out, whose inner product is its score.
         seeds: Seeds to measure it with.
+        share: Of a way that is a point of the curve over shares, the share of negatives that it drops.
     """
 
     name: str
     bits: int
     search: Callable[[int], Vectors]
     seeds: Sequence[int]
+    share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -54,16 +57,25 @@ class Measured:
         way: The way.
         evaluations: Figures; those of the first seed have a curve.
         seconds: To learn from the train rows and to encode queries and database.
+        vectors: Of queries and database, with the first seed.
     """
 
     way: Way
     evaluations: list[Evaluation]
     seconds: list[float]
+    vectors: Vectors
 
     @property
     def curve(self) -> Curve:
         """Precision and recall with the first seed."""
         return self.evaluations[0].curve
+
+    def against(self, other: "Measured") -> Difference:
+        """Mean difference of mAP to another way, with its interval over the queries; over seeds, each query's mean."""
+        first, second = (
+            np.mean([found.average_precision for found in each.evaluations], axis=0) for each in (self, other)
+        )
+        return paired_bootstrap(first, second)
 
     def row(self) -> dict[str, Any]:
         """One row of the table, means and deviations over the seeds."""
@@ -93,14 +105,15 @@ class Measured:
 
 def measure(way: Way, split: Split) -> Measured:
     """Search with every seed and print one line."""
-    evaluations, seconds = [], []
+    evaluations, seconds, first = [], [], None
     labels = split.labels[split.queries], split.labels[split.database]
     for seed in way.seeds:
         start = time.perf_counter()
         vectors = way.search(seed)
         seconds.append(time.perf_counter() - start)
+        first = vectors if first is None else first
         evaluations.append(evaluate(*vectors, *labels, k=split.k, seed=seed, curve=not evaluations))
-    measured = Measured(way, evaluations, seconds)
+    measured = Measured(way, evaluations, seconds, first)
     _, bits, published, strict, *_ = (row := measured.row()).values()
     print(f"{way.name:30} {bits:>5} bits: mAP {published}, strict {strict}, {row['seconds']} s", flush=True)
     return measured
@@ -130,9 +143,13 @@ def code_ways(
         "opq": ("OPQ", quantized(baselines.opq)),
         "itq": ("ITQ", lambda seed: baselines.itq(*data, bits, seed=seed)),
         "random": ("random projections", lambda seed: baselines.random_projections(*data, bits, seed=seed)),
+        "random selected": (
+            "random projections, selected",
+            lambda seed: baselines.selected_projections(*data, bits, seed=seed),
+        ),
     }
     absent = {*without, *impossible(*data[2].shape, bits, codebook_bits)}
-    return [Way(name, bits, search, seeds) for key, (name, search) in ways.items() if key not in absent]
+    return [Way(name, bits, search, seeds) for key, (name, search) in ways.items() if key.split()[0] not in absent]
 
 
 def impossible(rows: int, width: int, bits: int, codebook_bits: int) -> dict[str, str]:
@@ -189,12 +206,6 @@ def figures_recipe(measured: Sequence[Measured], seeds: Sequence[int]) -> dict[s
         "seconds": "to learn from the train rows and to encode queries and database, features at hand",
         "machine": machine(),
     }
-
-
-def curves(measured: Iterable[Measured], bits: int) -> Mapping[str, tuple[np.ndarray, np.ndarray]]:
-    """Recall and precision of the searches with so many bits and of the float ones, with the first seed."""
-    chosen = [each for each in measured if each.way.bits >= bits]
-    return {each.way.name: (each.curve.recall, each.curve.precision) for each in chosen}
 
 
 def machine() -> str:

@@ -3,35 +3,34 @@
 import argparse
 import functools
 import inspect
-import json
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from transformers import PrinterCallback, __version__
+from transformers import __version__
 
-from tcq_hf import FeatureCache, TCQConfig, TCQImageProcessor, TCQModel, TCQTrainer, TCQTrainingArguments
-from tcq_hf.evaluation import report
+from tcq_hf import FeatureCache, TCQConfig, TCQImageProcessor, TCQModel, TCQTrainingArguments
 from tcq_hf.evaluation.protocols import PROTOCOLS, Split
 from tcq_hf.index.code_cache import weights_digest
-from tcq_hf.index.writing import written_aside
+from tcq_hf.index.decoding import raw_pictures, read_picture
 
-from . import comparison, inputs
-from .comparison import Measured, Way
+from . import comparison, inputs, results
+from .comparison import Measured
+from .learned import Learner
 from .options import ModelOptions, OptionsParser
 
 _EXAMPLES = """\
   tcq-hf evaluate --dataset pictures/ --model my-model
-  tcq-hf evaluate --dataset pictures/ --backbone vit_tiny_patch16_224 --bits 16 32 64 --negative-share 0.2
+  tcq-hf evaluate --dataset pictures/ --backbone vit_tiny_patch16_224 --bits 16 32 64 --shares 0 0.1 0.2
   tcq-hf evaluate --dataset cifar10 --protocol cifar10-ii --backbone vit_tiny_patch16_224 --seeds 5 --output cifar10-ii
   tcq-hf evaluate run.yaml --without opq          options in a file; those of the command line come first
 
 With --model the codes of a saved model are measured. With --backbone projection and codebooks are trained without
 labels on the train rows of the protocol, from features of the frozen backbone. Beside them stand the float features,
 PQ and others on the same features. Labels make the figures alone: the last epoch is what is measured, and nothing is
-chosen by a query. The figures go to results.json, the table to results.md, precision and recall to curves.png.
+chosen by a query. The figures go to results.json, table and pictures to results.md: precision and recall, mAP over bits
+and over shares, and the queries that fail most.
 """
 
 _DEFAULTS = {"logging_strategy": "no", "disable_tqdm": True}
@@ -43,14 +42,8 @@ _SET_HERE = {
     **dict.fromkeys(("eval_strategy", "save_strategy", "load_best_model_at_end", "push_to_hub")),
     "resume_from_checkpoint": None,
 }
-_OF_A_NEW_MODEL = ("weights", "bits", "embedding_dim", "codebook_size", "image_size", "cached_views")
+_OF_A_NEW_MODEL = ("weights", "bits", "embedding_dim", "codebook_size", "image_size", "cached_views", "shares")
 _OF_ANY_MODEL = ("image_column", "label_column", "per_device_eval_batch_size", "use_cpu")
-_VALUE = {
-    "fraction": "negative_share",
-    "topk": "negative_count",
-    "threshold": "negative_threshold",
-    "margin": "negative_margin",
-}
 
 
 @dataclass
@@ -73,6 +66,14 @@ class EvaluateOptions(ModelOptions):
         metadata={"help": "Column of names, by which splits are told apart; none takes the rows as they stand."},
     )
     seeds: int = field(default=3, metadata={"help": "Number of seeds, 0 and up, of all that is random."})
+    shares: list[float] = field(
+        default_factory=list,
+        metadata={
+            "metavar": "X",
+            "help": "Shares of negatives to drop, all else as asked for: a curve over the share, at the number of bits "
+            "in the middle of --bits.",
+        },
+    )
     without: list[str] = field(
         default_factory=list,
         metadata={"choices": comparison.OPTIONAL, "help": "Searches to leave out; OPQ takes longest."},
@@ -128,63 +129,13 @@ def run(parser: OptionsParser, arguments: argparse.Namespace) -> None:
                 train = cache.select(split.train)
                 if options.cached_views > 1:
                     train = _more_views(split, model, processor, options, training)
-                ways += _Learner(config, model, features, split, train, values).ways(seeds)
+                shares = options.shares if config is configs[len(configs) // 2] else []
+                ways += Learner(config, model, features, split, train, values).ways(seeds, shares)
         measured = [comparison.measure(way, split) for way in ways]
     recipe = _recipe(split, model, options, training, values, measured, left_out)
-    _write(output, options, measured, recipe, max(config.bits for config in configs))
-
-
-class _Learner:
-    """Trains projection and codebooks of one number of bits on cached features.
-
-    Args:
-        config: Of the models to train.
-        source: Model with the frozen backbone.
-        features: float32 `[n, F]` of all rows of the split.
-        split: The split.
-        train: Features of its train rows.
-        values: Options by name; those of `TCQTrainingArguments` count.
-    """
-
-    def __init__(
-        self,
-        config: TCQConfig,
-        source: TCQModel,
-        features: np.ndarray,
-        split: Split,
-        train: FeatureCache,
-        values: dict[str, Any],
-    ) -> None:
-        self.model, self.processor = TCQModel(config), train.processor
-        self.model.backbone = source.backbone
-        self.model.freeze_backbone().to(source.device)
-        self.features, self.split, self.train = features, split, train
-        fields = TCQTrainingArguments.__dataclass_fields__
-        self.values = {name: value for name, value in values.items() if name in fields}
-
-    def ways(self, seeds: range) -> list[Way]:
-        """The untrained start, training without a filter, training with the one asked for."""
-        bits, given = self.model.config.bits, TCQTrainingArguments(**self.values)
-        TCQTrainer(self.model, given, self.train)  # refuses what cannot be trained before anything is measured
-        ways = [Way("tcq_hf, untrained start", bits, self.start, seeds)]
-        for name in dict.fromkeys(("none", given.negative_filter)):
-            filtered = f"{name} {getattr(given, _VALUE[name])}" if name in _VALUE else "no filter"
-            ways.append(Way(f"tcq_hf, {filtered}", bits, functools.partial(self.learn, name), seeds))
-        return ways
-
-    def start(self, seed: int) -> comparison.Vectors:
-        """Search with what `initialize` makes of the train rows."""
-        self.model.initialize(self.features[self.split.train], seed=seed)
-        return comparison.coded(self.model, self.features, self.split)
-
-    def learn(self, name: str, seed: int) -> comparison.Vectors:
-        """Search after training from there with the filter of that name."""
-        self.model.initialize(self.features[self.split.train], seed=seed)
-        arguments = TCQTrainingArguments(**self.values | {"negative_filter": name, "seed": seed})
-        trainer = TCQTrainer(self.model, arguments, self.train)
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-        return comparison.coded(self.model, self.features, self.split)
+    title = f"{recipe['protocol']} on {Path(options.dataset).name}: {options.model or options.backbone}"
+    picture = functools.partial(read_picture, raw_pictures(split.dataset, training.image_column), processor)
+    results.write(output, title, measured, recipe, split, picture)
 
 
 def _check(parser: OptionsParser, values: dict[str, Any]) -> None:
@@ -278,24 +229,3 @@ def _recipe(
         "training": f"{said}; all else as transformers {__version__} has it",
         "model selection": "the last epoch of one set of options; nothing is chosen by a query or a label",
     }
-
-
-def _write(
-    output: Path, options: EvaluateOptions, measured: list[Measured], recipe: dict[str, Any], most_bits: int
-) -> None:
-    """Print the table and write the three files."""
-    rows = [each.row() for each in measured]
-    title = f"{recipe['protocol']} on {Path(options.dataset).name}: {options.model or options.backbone}"
-    print(f"\n{report.text_table(rows)}\n")
-    print("\n".join(f"{name}: {value}" for name, value in recipe.items()))
-    with written_aside(output / "results.json") as aside:
-        content = {"recipe": recipe, "rows": [each.to_dict() for each in measured]}
-        aside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    with written_aside(output / "curves.png") as aside:
-        report.curve_plot(comparison.curves(measured, most_bits), aside, f"{title}, {most_bits} bits, seed 0")
-    with written_aside(output / "results.md") as aside:
-        listed = "\n".join(f"- {name}: {value}" for name, value in recipe.items())
-        picture = f"![Precision and recall, {most_bits} bits](curves.png)"
-        text = f"# {title}\n\n{report.markdown_table(rows)}\n\n{picture}\n\n{listed}\n"
-        aside.write_text(text, encoding="utf-8")
-    print(f"\ntable -> {output / 'results.md'}, figures -> {output / 'results.json'}")

@@ -38,7 +38,7 @@ class Curve:
     recall: np.ndarray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evaluation:
     """Figures of one search; the table at the head of the module says what published and strict mean.
 
@@ -54,6 +54,7 @@ class Evaluation:
         num_unlabelled: Queries without a label.
         num_unmatched: Queries with a label that no row to rank shares.
         num_ranked: Rows that each query ranks.
+        average_precision: float64 `[Q]`, published, of each query: what `paired_bootstrap` compares.
         curve: Precision and recall over all rows, where asked for.
     """
 
@@ -68,11 +69,13 @@ class Evaluation:
     num_unlabelled: int
     num_unmatched: int
     num_ranked: int
+    average_precision: np.ndarray
     curve: Curve | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Figures by name, ready for JSON: `map_published`, `map_strict`, `precision@10`, `recall@10`, `k`, ..."""
         figures = asdict(self)
+        del figures["average_precision"]
         for name in ("precision", "recall"):
             figures |= {f"{name}@{rank}": value for rank, value in figures.pop(name).items()}
         curve = figures.pop("curve")
@@ -158,6 +161,7 @@ def evaluate(
         num_unlabelled=int(unlabelled.sum()),
         num_unmatched=int((~matched & ~unlabelled).sum()),
         num_ranked=ranked,
+        average_precision=published,
         curve=Curve(ranks[len(at) :], precision[len(at) :], recall[len(at) :]) if curve else None,
     )
 

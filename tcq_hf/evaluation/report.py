@@ -16,6 +16,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+# Of lines, as many as a comparison has.
+_COLOURS = (
+    *("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b"),
+    *("#e377c2", "#7f7f7f", "#bcbd22", "#17becf", "#111111", "#aa3377"),
+)
 _QUERY, _SAME, _OTHER = "#1f4e8c", "#2e8b57", "#c8c8c8"
 
 
@@ -117,6 +122,47 @@ def curve_plot(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], path: str | 
         axes.plot(recall, precision, label=name.replace("$", r"\$"), linewidth=1.6)
     axes.grid(color="#e4e4e4")
     # Beside the axes: curves may run anywhere inside.
+    figure.legend(loc="outside right center", frameon=False, fontsize=9)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")
+    return path
+
+
+def line_plot(
+    lines: Mapping[str, Sequence[tuple[float, float, float]]],
+    path: str | os.PathLike,
+    labels: tuple[str, str],
+    title: str = "",
+    levels: Mapping[str, float] | None = None,
+) -> Path:
+    """Draw a figure over an option, one line a method, into a PNG file.
+
+    Args:
+        lines: (x, mean, standard deviation) of the points of each method, by its name; drawn in this order.
+        path: PNG file to write.
+        labels: Of the x and the y axis.
+        title: Line above the plot.
+        levels: Figures that do not depend on the option, by name, as dashed lines.
+
+    Raises:
+        ValueError: If there is nothing to draw.
+    """
+    if not lines or not all(lines.values()):
+        raise ValueError("a line plot needs at least one line with at least one point")
+    figure = Figure(figsize=(8.4, 4.4), dpi=110, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel=labels[0], ylabel=labels[1], title=title)
+    axes.set_prop_cycle(color=_COLOURS)
+    for name, points in lines.items():
+        x, mean, deviation = zip(*sorted(points), strict=True)
+        axes.errorbar(x, mean, deviation, label=name.replace("$", r"\$"), linewidth=1.6, marker="o", capsize=3)
+    for number, (name, level) in enumerate((levels or {}).items(), start=len(lines)):
+        colour = _COLOURS[number % len(_COLOURS)]
+        axes.axhline(level, label=name.replace("$", r"\$"), linewidth=1.2, linestyle="--", color=colour)
+    ticks = sorted({point[0] for points in lines.values() for point in points})
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.grid(color="#e4e4e4")
     figure.legend(loc="outside right center", frameon=False, fontsize=9)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,7 @@ from tcq_hf.cli import comparison, main
 from tcq_hf.cli.inputs import load_splits, new_processor
 from tcq_hf.evaluation import baselines
 from tcq_hf.evaluation.protocols import by_labels
+from tcq_hf.evaluation.significance import paired_bootstrap
 from tcq_hf.index.code_cache import weights_digest
 
 WORDS = ["--codebook-size", "16", "--embedding-dim", "32", "--num-train-epochs", "2", "--use-cpu"]
@@ -67,6 +68,7 @@ def measuring(place):
 def trained(place, training):
     """Folder of a whole run."""
     options = ["--bits", "8", "16", "--seeds", "2", "--negative-share", "0.3", "--output", str(place / "trained")]
+    options += ["--shares", "0", "0.2"]
     assert main([*training, *options]) == 0
     return place / "trained"
 
@@ -88,12 +90,13 @@ def assert_figures(run, found):
 
 def test_invariant_7_float_and_pq_stand_beside_every_learned_figure(trained):
     _, rows = read(trained)
-    learned = ["tcq_hf, untrained start", "tcq_hf, no filter", "tcq_hf, fraction 0.3"]
-    coded = ["PQ", "PQ, centred", "OPQ", "ITQ", "random projections", *learned]
+    learned = ["tcq_hf, untrained start", "tcq_hf, vanilla contrastive", "tcq_hf, fraction 0.3, own views"]
+    coded = ["PQ", "PQ, centred", "OPQ", "ITQ", "random projections", "random projections, selected", *learned]
+    shares = {8: [], 16: ["tcq_hf, fraction 0", "tcq_hf, fraction 0.2"]}
     width = 32 * 64
     assert list(rows) == [
         *(("float cosine", width), ("float cosine, centred", width)),
-        *((name, bits) for bits in (8, 16) for name in coded),
+        *((name, bits) for bits in (8, 16) for name in [*coded, *shares[bits], "tcq_hf, auto"]),
     ]
     for (name, _), row in rows.items():
         assert [run["seed"] for run in row["runs"]] == ([0] if "float" in name else [0, 1])
@@ -123,13 +126,16 @@ def test_every_figure_is_that_of_the_python_interface(place, trained, tmp_path):
             check("OPQ", bits, seed, baselines.opq(*data, bits, 4, seed=seed))
             check("ITQ", bits, seed, baselines.itq(*data, bits, seed=seed))
             check("random projections", bits, seed, baselines.random_projections(*data, bits, seed=seed))
+            selected = baselines.selected_projections(*data, bits, seed=seed)
+            check("random projections, selected", bits, seed, selected)
             model = TCQModel.from_timm("test_vit", place / "vit.safetensors", **fields, num_codebooks=bits // 4)
             model.freeze_backbone().initialize(data[2], seed=seed)
             check("tcq_hf, untrained start", bits, seed, searched(model, data))
-            for name, chosen in (("no filter", "none"), ("fraction 0.3", "fraction")):
-                model.initialize(data[2], seed=seed)
-                train(model, cache.select(split.train), tmp_path, seed, chosen)
-                check(f"tcq_hf, {name}", bits, seed, searched(model, data))
+            for name, chosen in LEARNED.items():
+                if bits == 16 or name not in ("fraction 0", "fraction 0.2"):
+                    model.initialize(data[2], seed=seed)
+                    train(model, cache.select(split.train), tmp_path, seed, chosen)
+                    check(f"tcq_hf, {name}", bits, seed, searched(model, data))
 
 
 def searched(model, data):
@@ -138,10 +144,19 @@ def searched(model, data):
     return outputs[0].embeddings.numpy(), outputs[1].reconstruction.numpy()
 
 
+LEARNED = {
+    "vanilla contrastive": {"negative_filter": "none", "positives": "views"},
+    "fraction 0.3, own views": {"negative_filter": "fraction", "negative_share": 0.3, "positives": "views"},
+    "fraction 0": {"negative_filter": "none"},
+    "fraction 0.2": {"negative_filter": "fraction", "negative_share": 0.2},
+    "auto": {},
+}
+
+
 def train(model, cache, folder, seed, chosen):
     arguments = TCQTrainingArguments(
         *(str(folder),),
-        **{"seed": seed, "negative_filter": chosen, "negative_share": 0.3, "learning_rate": 0.02},
+        **{"seed": seed, "learning_rate": 0.02, **chosen},
         **{"num_train_epochs": 2, "per_device_train_batch_size": 8, "use_cpu": True, "save_strategy": "no"},
     )
     TCQTrainer(model, arguments, cache).train()
@@ -156,7 +171,13 @@ def test_invariant_6_the_recipe_stands_beside_the_figures(place, trained):
     assert recipe["seeds"] == "0, 1"
     assert "last epoch" in recipe["model selection"]
     assert "may have seen labels" in recipe["pretraining"]
-    for said in ("negative_share 0.3", "temperature 0.3", "learning_rate 0.02", "num_train_epochs 2.0"):
+    for said in (
+        "negative_share 0.3",
+        "temperature 0.5",
+        "negative_filter auto",
+        "learning_rate 0.02",
+        "num_train_epochs 2.0",
+    ):
         assert said in recipe["training"]
     assert "hits within k" in recipe["mAP@81"]
     assert "min(k, relevant rows)" in recipe["mAP@81 strict"]
@@ -178,12 +199,39 @@ def test_the_table_gives_mean_and_deviation_of_the_seeds(trained):
             values = [run[figure] for run in row["runs"]]
             spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
             assert cell == f"{statistics.mean(values):.4f}{spread}"
-    assert "](curves.png)" in page
-    assert PIL.Image.open(trained / "curves.png").width > 500
+    for name in PICTURES:
+        assert f"]({name})" in page
+        assert PIL.Image.open(trained / name).width > 500
+
+
+PICTURES = {"curves.png", "bits.png", "shares.png", "failures.png"}
 
 
 def test_nothing_else_is_left_in_the_folder(trained):
-    assert {path.name for path in trained.iterdir()} == {"results.json", "results.md", "curves.png"}
+    assert {path.name for path in trained.iterdir()} == {"results.json", "results.md", *PICTURES}
+
+
+def test_the_difference_to_pq_has_the_interval_of_a_paired_bootstrap(place, trained):
+    _, rows = read(trained)
+    split = by_labels(load_splits(str(place / "pictures")))
+    model = TCQModel.from_timm(
+        "test_vit", place / "vit.safetensors", embedding_dim=32, codebook_size=16, num_codebooks=4
+    )
+    features = FeatureCache(split.dataset, model, new_processor(model.config)).features()
+    data = [features[each] for each in (split.queries, split.database, split.train)]
+    labels = split.labels[split.queries], split.labels[split.database]
+
+    def precisions(method, *bits):
+        runs = [evaluate(*method(*data, *bits, seed=seed), *labels, k=split.k, seed=seed) for seed in (0, 1)]
+        return np.mean([run.average_precision for run in runs], axis=0)
+
+    itq, pq = precisions(baselines.itq, 16), precisions(baselines.pq, 16, 4)
+    expected = paired_bootstrap(itq, pq)
+    assert rows["ITQ", 16]["against_pq"] == pytest.approx(vars(expected), abs=1e-9)
+    assert "against_pq" not in rows["PQ", 16]
+    assert "against_pq" not in rows["float cosine", 2048]
+    (line,) = [line for line in (trained / "results.md").read_text().splitlines() if line.startswith("| ITQ | 16 ")]
+    assert line.endswith(f"| {expected} |")
 
 
 def test_features_are_computed_once(training, trained, tmp_path, monkeypatch, capsys):
@@ -196,9 +244,11 @@ def test_features_are_computed_once(training, trained, tmp_path, monkeypatch, ca
     recipe, rows = read(tmp_path)
     assert "left out: opq; random" in recipe["baselines"]
     names = [name for name, bits in rows if bits == 8]
-    assert names == ["PQ", "PQ, centred", "ITQ", "tcq_hf, untrained start", "tcq_hf, no filter"]
+    fixed = "tcq_hf, fraction 0.1, own views"
+    before = ["PQ", "PQ, centred", "ITQ", "tcq_hf, untrained start", "tcq_hf, vanilla contrastive"]
+    assert names == [*before, fixed, "tcq_hf, no filter"]
     # What was measured before comes out again.
-    for name in names[:-1]:
+    for name in before:
         assert rows[name, 8]["runs"] == [read(trained)[1][name, 8]["runs"][0] | {"seconds": pytest.approx(0, abs=60)}]
     printed = capsys.readouterr().out
     assert printed.index("PQ, centred ") < printed.index("search with")
@@ -229,7 +279,7 @@ def test_several_cached_views_and_a_test_split(place, training, tmp_path):
     recipe, rows = read(tmp_path / "out")
     assert (recipe["queries"], recipe["database"], recipe["train"]) == (15, 30, 30)
     assert "cached_views 3" in recipe["model"]
-    assert rows["tcq_hf, fraction 0.1", 8]["runs"][0]["map_published"] > 0
+    assert rows["tcq_hf, auto", 8]["runs"][0]["map_published"] > 0
     # One split alone has other queries.
     assert main([*training, *options, "--split", "train"]) == 0
     assert read(tmp_path / "out")[0]["queries"] == 3
