@@ -41,7 +41,10 @@ _DIGIT_CONFIG = {
 _DIGIT_TRAINING = {
     "views": "grey",
     "temperature": 0.3,
+    # Features of random weights tell no groups and no neighbours.
+    "negative_filter": "fraction",
     "negative_share": 0.1,
+    "positives": "views",
     "usage_weight": 0.1,
     "learning_rate": 2e-3,
     "backbone_learning_rate": 2e-3,

@@ -33,7 +33,7 @@ _EXAMPLES = """\
   tcq-hf train --dataset pictures/ --backbone vit_tiny_patch16_224 --bits 32 --output-dir my-model
   tcq-hf train --dataset pictures/ --model my-model --train-blocks 2 --views photo --output-dir better-model
   tcq-hf train --dataset pictures/ --lora 8 --loss-chunk-size 32 --output-dir my-model     adapters; large batches
-  tcq-hf train run.yaml --negative-share 0.2          options in a file; those of the command line come first
+  tcq-hf train run.yaml --num-train-epochs 40         options in a file; those of the command line come first
 
 run.yaml:
   dataset: pictures/

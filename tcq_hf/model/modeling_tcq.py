@@ -213,6 +213,12 @@ class TCQModel(PreTrainedModel):
 
     def train(self, mode: bool = True) -> "TCQModel":
         """Set the training mode of everything that is not frozen."""
+        frozen = not any(parameter.requires_grad for parameter in self.backbone.parameters())
+        if mode and self.training and frozen and not self.backbone.training:
+            # The Trainer asks at every step; the hundreds of parts of the backbone stand as they should.
+            self.projection.train()
+            self.quantizer.train()
+            return self
         super().train(mode)
         if mode:
             rest_frozen(self.backbone)

@@ -54,11 +54,11 @@ class PseudoLabels:
         sizes = np.bincount(self.groups[self.groups >= 0])
         return float((sizes * (sizes - 1.0)).sum() / max(1, len(self.groups) * (len(self.groups) - 1)))
 
-    def partner(self, seed: int, epoch: int, row: int) -> int:
-        """The picture itself or one of its mutual neighbours, each as likely: equal arguments give equal rows."""
-        start, stop = self.starts[row], self.starts[row + 1]
-        draw = int(np.random.default_rng((seed, epoch, row, 2)).integers(stop - start + 1))
-        return row if draw == 0 else int(self.neighbours[start + draw - 1])
+    def partners(self, seed: int, epoch: int) -> np.ndarray:
+        """For each picture itself or one of its mutual neighbours, each as likely: a function of seed and epoch."""
+        draws = np.random.default_rng((seed, epoch, 2)).integers(np.diff(self.starts) + 1)
+        others = np.append(self.neighbours, 0)[self.starts[:-1] + draws - 1]
+        return np.where(draws == 0, np.arange(len(draws)), others)
 
     def without_groups(self) -> "PseudoLabels":
         """The neighbours alone."""
@@ -72,6 +72,24 @@ class PseudoLabels:
     def load(cls, folder: Path) -> "PseudoLabels":
         """Read what `save` wrote."""
         return cls(**load_file(folder / FILE_NAME))
+
+
+class Partners:
+    """Epoch and row in, the row that the second view is of out: `PseudoLabels.partners`, an epoch at a time.
+
+    Args:
+        labels: The neighbours.
+        seed: Seed of the draws.
+    """
+
+    def __init__(self, labels: PseudoLabels, seed: int) -> None:
+        self.labels, self.seed, self._epoch = labels, seed, -1
+
+    def __call__(self, epoch: int, row: int) -> int:
+        """Row of the partner."""
+        if epoch != self._epoch:
+            self._rows, self._epoch = self.labels.partners(self.seed, epoch).tolist(), epoch
+        return self._rows[row]
 
 
 def find_pseudo_labels(features: np.ndarray, seed: int = 0) -> PseudoLabels:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from .feature_cache import EvaluationFeatures, FeatureCache, TrainingFeatures
 from .figures import perplexity, retrieval_figures
 from .learning_rates import set_backbone_rates
 from .objective import Objective
-from .pseudo_labels import FILE_NAME, PseudoLabels, find_groups, find_pseudo_labels
+from .pseudo_labels import FILE_NAME, Partners, PseudoLabels, find_groups, find_pseudo_labels
 from .saving import SavingTrainer
 from .views import PRESETS, augment
 
@@ -108,7 +107,7 @@ class TCQTrainer(SavingTrainer):
         if self._pseudo_labels is None and (self.args.negative_filter == "auto" or self.args.positives == "neighbours"):
             labels = self._once(lambda: find_pseudo_labels(self._training_features(), seed))
             self._use(labels if self.args.negative_filter == "auto" else labels.without_groups())
-        partner = partial(self._pseudo_labels.partner, seed) if self.args.positives == "neighbours" else None
+        partner = Partners(self._pseudo_labels, seed) if self.args.positives == "neighbours" else None
         cached = isinstance(given, FeatureCache)
         views = TrainingFeatures(given, seed, partner) if cached else self._views(given, seed, partner)
         order = EpochOrder(len(views), seed)

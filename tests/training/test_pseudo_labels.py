@@ -12,7 +12,13 @@ from tcq_hf.rerank.graph import KNNGraph
 from tcq_hf.training import pseudo_labels
 from tcq_hf.training.losses import contrastive_loss, view_similarity
 from tcq_hf.training.negatives import drop_fraction, same_group
-from tcq_hf.training.pseudo_labels import PseudoLabelCallback, PseudoLabels, find_groups, find_pseudo_labels
+from tcq_hf.training.pseudo_labels import (
+    Partners,
+    PseudoLabelCallback,
+    PseudoLabels,
+    find_groups,
+    find_pseudo_labels,
+)
 
 SIZES = (60, 40, 25, 15)
 
@@ -55,18 +61,27 @@ def test_neighbours_name_each_other(clumps):
     found = find_pseudo_labels(features)
     # 2 ln 140 = 9.9.
     lists = KNNGraph.build(features - features.mean(axis=0), 10).neighbours.tolist()
+    draws = np.stack([found.partners(0, epoch) for epoch in range(300)])
     for row in range(140):
         expected = {other for other in lists[row] if row in lists[other]}
         assert {*found.neighbours[found.starts[row] : found.starts[row + 1]].tolist()} == expected
-        drawn = {found.partner(0, epoch, row) for epoch in range(300)}
+        drawn = {*draws[:, row].tolist()}
         # Each of at most 11 is missed by 300 draws with probability (10/11)^300 < 1e-12.
         assert drawn == expected | {row}
 
 
 def test_a_partner_is_a_function_of_seed_epoch_and_row(clumps):
     found = find_pseudo_labels(clumps[0])
-    draws = [[found.partner(seed, epoch, 3) for epoch in range(50)] for seed in (0, 0, 1)]
+    draws = [[Partners(found, seed)(epoch, 3) for epoch in range(50)] for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
+    partners = Partners(found, 0)
+    assert [partners(epoch, 3) for epoch in reversed(range(50))] == draws[0][::-1]
+    np.testing.assert_array_equal([partners(4, row) for row in range(140)], found.partners(0, 4))
+
+
+def test_a_picture_without_neighbours_is_its_own_partner():
+    lone = PseudoLabels(np.zeros(3, np.int64), np.array([0, 0, 1, 1]), np.array([0]))
+    assert {tuple(lone.partners(0, epoch).tolist()) for epoch in range(40)} == {(0, 1, 2), (0, 0, 2)}
 
 
 def test_pictures_beyond_the_graph_join_the_group_of_the_nearest(monkeypatch, clumps):
