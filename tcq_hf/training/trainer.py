@@ -1,20 +1,14 @@
 """TCQTrainer: transformers' Trainer for learning codes from pictures without labels."""
 
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import EvalPrediction, TrainerCallback
 from transformers.trainer_utils import PredictionOutput
 
-from tcq_hf.index.encoding import extract_features
-from tcq_hf.index.inference import evaluation_mode
 from tcq_hf.model.image_processing_tcq import TCQImageProcessor
 from tcq_hf.model.modeling_tcq import TCQModel, TCQOutput
 
@@ -23,14 +17,13 @@ from .batches import EpochOrder, EvaluationViews, Partner, TrainingViews, as_bat
 from .chunked import in_chunks
 from .feature_cache import EvaluationFeatures, FeatureCache, TrainingFeatures
 from .figures import perplexity, retrieval_figures
+from .grouping import GroupingTrainer
 from .learning_rates import set_backbone_rates
 from .objective import Objective
-from .pseudo_labels import FILE_NAME, Partners, PseudoLabels, find_groups, find_pseudo_labels
-from .saving import SavingTrainer
 from .views import PRESETS, augment
 
 
-class TCQTrainer(SavingTrainer):
+class TCQTrainer(GroupingTrainer):
     """Trains a `TCQModel` with the clipped contrastive loss; used as transformers' `Trainer`.
 
     Logs, beside the loss: `dropped_share` of the negatives, `codebook_perplexity` (codewords in use, 1 to K) and
@@ -88,8 +81,6 @@ class TCQTrainer(SavingTrainer):
             **kwargs,
         )
         self._objective = Objective(args)
-        self._pseudo_labels: PseudoLabels | None = None
-        self._groups: torch.Tensor | None = None
         self._preset = PRESETS[args.views]
         self._sums: dict[str, torch.Tensor] = {}
         self._summed = 0
@@ -103,11 +94,7 @@ class TCQTrainer(SavingTrainer):
         given = self.train_dataset
         if given is None:
             raise ValueError("training needs a train_dataset")
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        if self._pseudo_labels is None and (self.args.negative_filter == "auto" or self.args.positives == "neighbours"):
-            labels = self._once(lambda: find_pseudo_labels(self._training_features(), seed))
-            self._use(labels if self.args.negative_filter == "auto" else labels.without_groups())
-        partner = Partners(self._pseudo_labels, seed) if self.args.positives == "neighbours" else None
+        seed, partner = self._data_seed, self._partner()
         cached = isinstance(given, FeatureCache)
         views = TrainingFeatures(given, seed, partner) if cached else self._views(given, seed, partner)
         order = EpochOrder(len(views), seed)
@@ -172,52 +159,6 @@ class TCQTrainer(SavingTrainer):
                 f"{name} has no column {args.image_column!r} (image_column); its columns are {given.column_names}"
             )
 
-    # ---- Pseudo-labels ----
-
-    def regroup(self, number: int | None = None) -> None:
-        """Find the groups of the training pictures anew, from the embeddings that they have now.
-
-        Args:
-            number: How many, by spherical k-means; by default communities of the neighbourhood graph.
-        """
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        groups = self._once(lambda: find_groups(self._training_embeddings(), seed, number))
-        known = self._pseudo_labels or PseudoLabels(groups, np.zeros(len(groups) + 1, np.int64), np.empty(0, np.int64))
-        self._use(replace(known, groups=groups))
-
-    def _use(self, labels: PseudoLabels) -> None:
-        self._pseudo_labels = labels
-        self._groups = torch.from_numpy(labels.groups).to(self.args.device)
-        self._objective.share = labels.share
-
-    def _once(self, find: Callable[[], Any]) -> Any:
-        """What `find` gives in the first process, in all of them."""
-        return broadcast_object_list([find() if self.is_world_process_zero() else None])[0]
-
-    def _training_features(self) -> np.ndarray:
-        """Features float32 `[N, F]` of the training pictures as search sees them."""
-        given, args = self.train_dataset, self.args
-        if isinstance(given, FeatureCache):
-            return given.features()
-        return extract_features(given, self.core, self.processing_class, args.image_column, args.eval_batch_size)
-
-    @torch.inference_mode()
-    def _training_embeddings(self) -> np.ndarray:
-        """Embeddings float32 `[N, D]` of the same."""
-        blocks, model = torch.from_numpy(self._training_features()).split(4096), self.core
-        with evaluation_mode(model):
-            return np.concatenate([model(features=block.to(model.device)).embeddings.cpu().numpy() for block in blocks])
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self._pseudo_labels is not None and self.args.should_save:
-            self._pseudo_labels.save(Path(output_dir))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if Path(resume_from_checkpoint, FILE_NAME).is_file():
-            self._use(PseudoLabels.load(Path(resume_from_checkpoint)))
-
     # ---- Loss ----
 
     def compute_loss(
@@ -225,8 +166,7 @@ class TCQTrainer(SavingTrainer):
     ) -> torch.Tensor | tuple[torch.Tensor, TCQOutput]:
         """Loss of a batch of two views, over the joint batch of all processes."""
         output = self._output(model, inputs)
-        groups = self._groups[inputs["rows"]] if self._groups is not None and "rows" in inputs else None
-        epoch = self.state.epoch or 0.0
+        epoch, groups = self.state.epoch or 0.0, self._groups_of(inputs)
         loss, figures = self._objective(output, self.core.quantizer, epoch, model.training, groups)
         if model.training:
             if not loss.isfinite():
