@@ -285,7 +285,7 @@ def test_a_config_file_gives_what_the_command_line_does_not(place, tmp_path, kin
     trained = torch.load(tmp_path / "out" / "training_args.bin", weights_only=False)
     assert (trained.learning_rate, trained.max_steps, trained.save_strategy) == (0.002, 2, "no")
     assert trained.lr_scheduler_kwargs == {"num_cycles": 1}
-    assert (trained.seed, trained.temperature) == (0, 0.3)
+    assert (trained.seed, trained.temperature) == (0, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -338,7 +338,7 @@ def test_help_shows_our_options_and_help_all_the_rest(capsys, command):
         shown.append(capsys.readouterr().out)
     for text in shown:
         assert text.index("--dataset NAME") < text.index("--bits") < text.index("--learning-rate")
-        for option in ("--backbone NAME", "--temperature X", "--negative-share X", "--help-all", "(default: 0.3)"):
+        for option in ("--backbone NAME", "--temperature X", "--negative-share X", "--help-all", "(default: 0.5)"):
             assert option in text
     assert "--adam-beta1" not in shown[0]
     assert "--adam-beta1" in shown[1]
