@@ -40,6 +40,7 @@ class Way:
         search: Seed in, vectors of queries `[Q, D]` and database `[N, D]` out, whose inner product is its score.
         seeds: Seeds to measure it with.
         share: Of a way that is a point of the curve over shares, the share of negatives that it drops.
+        for_shares: Whether it is measured for that curve alone.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Way:
     search: Callable[[int], Vectors]
     seeds: Sequence[int]
     share: float | None = None
+    for_shares: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,13 @@ class Measured:
         way: The way.
         evaluations: Figures; those of the first seed have a curve.
         seconds: To learn from the train rows and to encode queries and database.
-        vectors: Of queries and database, with the first seed.
+        vectors: Of queries and database, with the first seed, where kept.
     """
 
     way: Way
     evaluations: list[Evaluation]
     seconds: list[float]
-    vectors: Vectors
+    vectors: Vectors | None = None
 
     @property
     def curve(self) -> Curve:
@@ -103,7 +105,7 @@ class Measured:
         }
 
 
-def measure(way: Way, split: Split) -> Measured:
+def measure(way: Way, split: Split, keep_vectors: bool = False) -> Measured:
     """Search with every seed and print one line."""
     evaluations, seconds, first = [], [], None
     labels = split.labels[split.queries], split.labels[split.database]
@@ -111,7 +113,7 @@ def measure(way: Way, split: Split) -> Measured:
         start = time.perf_counter()
         vectors = way.search(seed)
         seconds.append(time.perf_counter() - start)
-        first = vectors if first is None else first
+        first = vectors if keep_vectors and first is None else first
         evaluations.append(evaluate(*vectors, *labels, k=split.k, seed=seed, curve=not evaluations))
     measured = Measured(way, evaluations, seconds, first)
     _, bits, published, strict, *_ = (row := measured.row()).values()

@@ -4,20 +4,23 @@ import argparse
 import functools
 import inspect
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from datasets import ClassLabel
 from transformers import __version__
 
 from tcq_hf import FeatureCache, TCQConfig, TCQImageProcessor, TCQModel, TCQTrainingArguments
 from tcq_hf.evaluation.protocols import PROTOCOLS, Split
+from tcq_hf.evaluation.report import Cell
 from tcq_hf.index.code_cache import weights_digest
 from tcq_hf.index.decoding import raw_pictures, read_picture
 
 from . import comparison, inputs, results
 from .comparison import Measured
-from .learned import Learner
+from .learned import OTHER_TRAINING, Learner
 from .options import ModelOptions, OptionsParser
 
 _EXAMPLES = """\
@@ -102,7 +105,7 @@ def run(parser: OptionsParser, arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(dir=output, prefix=".training-") as place:
         values = _DEFAULTS | values | {"output_dir": place, "save_strategy": "no"}
         options, training = parser.parse_dict(values)
-        split = _split(options, values)
+        split, label_column = _split(options, values)
         training.image_column = inputs.image_column(split.dataset, values.get("image_column"))
         configs, model, processor = _models(options)
         if len(split.train) < configs[0].codebook_size:
@@ -131,11 +134,11 @@ def run(parser: OptionsParser, arguments: argparse.Namespace) -> None:
                     train = _more_views(split, model, processor, options, training)
                 shares = options.shares if config is configs[len(configs) // 2] else []
                 ways += Learner(config, model, features, split, train, values).ways(seeds, shares)
-        measured = [comparison.measure(way, split) for way in ways]
+        measured = [comparison.measure(way, split, keep_vectors=way is ways[-1]) for way in ways]
     recipe = _recipe(split, model, options, training, values, measured, left_out)
     title = f"{recipe['protocol']} on {Path(options.dataset).name}: {options.model or options.backbone}"
-    picture = functools.partial(read_picture, raw_pictures(split.dataset, training.image_column), processor)
-    results.write(output, title, measured, recipe, split, picture)
+    cell = _cells(split, training.image_column, label_column, processor)
+    results.write(output, title, measured, recipe, split, cell)
 
 
 def _check(parser: OptionsParser, values: dict[str, Any]) -> None:
@@ -152,18 +155,34 @@ def _check(parser: OptionsParser, values: dict[str, Any]) -> None:
         parser.error(f"{_listed(ours)}: set by evaluate itself{'; use ' + ', '.join(hints) if hints else ''}")
     if values.get("seeds", 1) < 1:
         parser.error(f"--seeds must be at least 1, got {values['seeds']}")
+    wrong = [share for share in values.get("shares", []) if not 0 <= share < 1]
+    if wrong:
+        parser.error(f"--shares must be at least 0 and below 1, got {wrong[0]}")
 
 
 def _listed(names: list[str]) -> str:
     return ", ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
-def _split(options: EvaluateOptions, values: dict[str, Any]) -> Split:
+def _split(options: EvaluateOptions, values: dict[str, Any]) -> tuple[Split, str]:
+    """Who queries whom, and the column of labels that says what belongs together."""
     dataset = inputs.load_splits(options.dataset, options.split)
     one = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
     label = values.get("label_column") or inputs.label_column(one) or "label"
     names = None if options.name_column == "none" else options.name_column
-    return PROTOCOLS[options.protocol](dataset, label_column=label, name_column=names)
+    return PROTOCOLS[options.protocol](dataset, label_column=label, name_column=names), label
+
+
+def _cells(split: Split, image_column: str, label_column: str, processor: TCQImageProcessor) -> Callable[[int], Cell]:
+    """A function of the number of a row that gives its picture with the name of its label."""
+    pictures, feature = raw_pictures(split.dataset, image_column), split.dataset.features[label_column]
+
+    def cell(row: int) -> Cell:
+        label = int(split.labels[row])
+        named = isinstance(feature, ClassLabel) and label >= 0
+        return Cell(read_picture(pictures, processor, row), feature.int2str(label) if named else str(label))
+
+    return cell
 
 
 def _models(options: EvaluateOptions) -> tuple[list[TCQConfig], TCQModel, TCQImageProcessor]:
@@ -172,7 +191,7 @@ def _models(options: EvaluateOptions) -> tuple[list[TCQConfig], TCQModel, TCQIma
         model, processor = inputs.load_model(options.model)
         return [model.config], model, processor
     fields = {"backbone": options.backbone, "embedding_dim": options.embedding_dim, "image_size": options.image_size}
-    books = [inputs.config_fields(bits, options.codebook_size) for bits in dict.fromkeys(options.bits)]
+    books = [inputs.config_fields(bits, options.codebook_size) for bits in sorted(set(options.bits))]
     configs = [TCQConfig(**fields, **each) for each in books]
     model = TCQModel.from_timm(fields.pop("backbone"), options.weights, **fields, **books[0])
     return configs, model, inputs.new_processor(model.config)
@@ -227,5 +246,6 @@ def _recipe(
         f"cached_views {options.cached_views}",
         "start": "rotated PCA and spherical k-means of the train rows, by seed",
         "training": f"{said}; all else as transformers {__version__} has it",
+        "other training": f"{OTHER_TRAINING}; all else as in training",
         "model selection": "the last epoch of one set of options; nothing is chosen by a query or a label",
     }

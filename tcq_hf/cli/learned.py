@@ -22,9 +22,18 @@ _VALUE = {
 _VANILLA = {"negative_filter": "none", "positives": "views"}
 _FIXED_SHARE = {"negative_filter": "fraction", "positives": "views"}
 _FRACTION = {"negative_filter": "fraction"}
+# What the other rows change of the training that was asked for.
+OTHER_TRAINING = "; ".join(
+    f"{name}: {', '.join(f'{key} {value}' for key, value in changed.items())}"
+    for name, changed in {
+        "vanilla contrastive": _VANILLA,
+        "fraction X, own views": _FIXED_SHARE,
+        "fraction X": {**_FRACTION, "negative_share": "X"},
+    }.items()
+)
 
 
-def _name(given: TCQTrainingArguments) -> str:
+def _called(given: TCQTrainingArguments) -> str:
     """What training with these arguments is called."""
     if given.negative_filter == "none" and given.positives == "views":
         return "vanilla contrastive"
@@ -64,25 +73,22 @@ class Learner:
     def ways(self, seeds: range, shares: list[float]) -> list[Way]:
         """The untrained start, vanilla contrastive learning, a fixed share, other shares, and what was asked for, last.
 
+        What comes to the same training is measured once.
+
         Raises:
             ValueError: For what cannot be trained, before anything is measured.
         """
-        given = TCQTrainingArguments(**self.values)
-        TCQTrainer(self.model, given, self.train)
-        for share in shares:
-            TCQTrainingArguments(**self.values | {"negative_share": share})
-        bits, asked = self.model.config.bits, _name(given)
-
-        def way(name: str, changed: dict[str, Any], share: float | None = None) -> Way:
-            return Way(f"tcq_hf, {name}", bits, functools.partial(self.learn, changed), seeds, share)
-
-        ways = [
-            Way("tcq_hf, untrained start", bits, self.start, seeds),
-            way("vanilla contrastive", _VANILLA),
-            way(f"fraction {given.negative_share:g}, own views", _FIXED_SHARE),
-            *(way(f"fraction {share:g}", {**_FRACTION, "negative_share": share}, share) for share in shares),
-        ]
-        return [other for other in ways if other.name != f"tcq_hf, {asked}"] + [way(asked, {})]
+        TCQTrainer(self.model, self._arguments({}), self.train)
+        dropped = [{**_FRACTION, "negative_share": share} for share in shares]
+        points = {self._name(changed): changed["negative_share"] for changed in dropped}
+        compared = {self._name(changed) for changed in (_VANILLA, _FIXED_SHARE, {})}
+        bits, found = self.model.config.bits, {}
+        for changed in (_VANILLA, _FIXED_SHARE, *dropped, {}):
+            name = self._name(changed)
+            search = functools.partial(self.learn, changed)
+            found.pop(name, None)  # the last of equal ones stays, in its place
+            found[name] = Way(name, bits, search, seeds, points.get(name), for_shares=name not in compared)
+        return [Way("tcq_hf, untrained start", bits, self.start, seeds), *found.values()]
 
     def start(self, seed: int) -> Vectors:
         """Search with what `initialize` makes of the train rows."""
@@ -92,7 +98,13 @@ class Learner:
     def learn(self, changed: dict[str, Any], seed: int) -> Vectors:
         """Search after training from there, with these options instead of those given."""
         self.model.initialize(self.features[self.split.train], seed=seed)
-        trainer = TCQTrainer(self.model, TCQTrainingArguments(**self.values | changed | {"seed": seed}), self.train)
+        trainer = TCQTrainer(self.model, self._arguments(changed | {"seed": seed}), self.train)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         return coded(self.model, self.features, self.split)
+
+    def _arguments(self, changed: dict[str, Any]) -> TCQTrainingArguments:
+        return TCQTrainingArguments(**self.values | changed)
+
+    def _name(self, changed: dict[str, Any]) -> str:
+        return f"tcq_hf, {_called(self._arguments(changed))}"

@@ -12,6 +12,7 @@ import jinja2
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -111,22 +112,14 @@ def curve_plot(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], path: str | 
     """
     if not curves:
         raise ValueError("a curve plot needs at least one curve")
-    figure = Figure(figsize=(8.4, 4.4), dpi=110, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), title=title)
+    axes = _axes(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), title=title)
     for name, (recall, precision) in curves.items():
         if np.shape(recall) != np.shape(precision) or np.ndim(recall) != 1:
             raise ValueError(
                 f"recall and precision of {name!r} must be [P] each, got {np.shape(recall)} and {np.shape(precision)}"
             )
         axes.plot(recall, precision, label=name.replace("$", r"\$"), linewidth=1.6)
-    axes.grid(color="#e4e4e4")
-    # Beside the axes: curves may run anywhere inside.
-    figure.legend(loc="outside right center", frameon=False, fontsize=9)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
-    return path
+    return _save(axes, path)
 
 
 def line_plot(
@@ -135,6 +128,7 @@ def line_plot(
     labels: tuple[str, str],
     title: str = "",
     levels: Mapping[str, float] | None = None,
+    doublings: bool = False,
 ) -> Path:
     """Draw a figure over an option, one line a method, into a PNG file.
 
@@ -144,30 +138,28 @@ def line_plot(
         labels: Of the x and the y axis.
         title: Line above the plot.
         levels: Figures that do not depend on the option, by name, as dashed lines.
+        doublings: Give each doubling of x the same width.
 
     Raises:
-        ValueError: If there is nothing to draw.
+        ValueError: If there is nothing to draw, or an x has no doublings.
     """
     if not lines or not all(lines.values()):
         raise ValueError("a line plot needs at least one line with at least one point")
-    figure = Figure(figsize=(8.4, 4.4), dpi=110, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel=labels[0], ylabel=labels[1], title=title)
-    axes.set_prop_cycle(color=_COLOURS)
+    ticks = sorted({point[0] for points in lines.values() for point in points})
+    if doublings and ticks[0] <= 0:
+        raise ValueError(f"an axis of doublings needs x above 0, got {ticks[0]:g}: leave doublings out")
+    axes = _axes(xlabel=labels[0], ylabel=labels[1], title=title)
     for name, points in lines.items():
         x, mean, deviation = zip(*sorted(points), strict=True)
         axes.errorbar(x, mean, deviation, label=name.replace("$", r"\$"), linewidth=1.6, marker="o", capsize=3)
     for number, (name, level) in enumerate((levels or {}).items(), start=len(lines)):
         colour = _COLOURS[number % len(_COLOURS)]
         axes.axhline(level, label=name.replace("$", r"\$"), linewidth=1.2, linestyle="--", color=colour)
-    ticks = sorted({point[0] for points in lines.values() for point in points})
+    if doublings:
+        axes.set_xscale("log", base=2)
+        axes.minorticks_off()
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.grid(color="#e4e4e4")
-    figure.legend(loc="outside right center", frameon=False, fontsize=9)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
-    return path
+    return _save(axes, path)
 
 
 def html_page(template: str | os.PathLike, path: str | os.PathLike, **values: Any) -> Path:
@@ -185,7 +177,25 @@ def html_page(template: str | os.PathLike, path: str | os.PathLike, **values: An
     return path
 
 
-def _draw(axes: Any, cell: Cell, is_query: bool) -> None:
+def _axes(**labels: Any) -> Axes:
+    figure = Figure(figsize=(8.4, 4.4), dpi=110, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(**labels)
+    axes.set_prop_cycle(color=_COLOURS)
+    axes.grid(color="#e4e4e4")
+    return axes
+
+
+def _save(axes: Axes, path: str | os.PathLike) -> Path:
+    # Beside the axes: lines may run anywhere inside.
+    axes.figure.legend(loc="outside right center", frameon=False, fontsize=9)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    axes.figure.savefig(path, format="png")
+    return path
+
+
+def _draw(axes: Axes, cell: Cell, is_query: bool) -> None:
     thumbnail = PIL.ImageOps.pad(
         _on_white(cell.picture), (220, 220), method=PIL.Image.Resampling.LANCZOS, color="white"
     )

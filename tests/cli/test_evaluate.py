@@ -22,7 +22,7 @@ from tcq_hf import (
     extract_features,
     hub,
 )
-from tcq_hf.cli import comparison, main
+from tcq_hf.cli import comparison, main, results
 from tcq_hf.cli.inputs import load_splits, new_processor
 from tcq_hf.evaluation import baselines
 from tcq_hf.evaluation.protocols import by_labels
@@ -67,7 +67,7 @@ def measuring(place):
 @pytest.fixture(scope="module")
 def trained(place, training):
     """Folder of a whole run."""
-    options = ["--bits", "8", "16", "--seeds", "2", "--negative-share", "0.3", "--output", str(place / "trained")]
+    options = ["--bits", "16", "8", "--seeds", "2", "--negative-share", "0.3", "--output", str(place / "trained")]
     options += ["--shares", "0", "0.2"]
     assert main([*training, *options]) == 0
     return place / "trained"
@@ -254,6 +254,23 @@ def test_features_are_computed_once(training, trained, tmp_path, monkeypatch, ca
     assert printed.index("PQ, centred ") < printed.index("search with")
 
 
+def test_a_share_that_is_asked_for_is_a_point_of_the_curve_and_trained_once(training, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(results.report, "line_plot", lambda lines, path, *_, **__: drawn.update(lines))
+    options = ["--bits", "8", "--seeds", "1", "--max-steps", "1", "--without", "opq", "itq", "random"]
+    options += ["--negative-filter", "fraction", "--negative-share", "0.3", "--shares", "0.2", "0.3", "0.2"]
+    assert main([*training, *options, "--output", str(tmp_path)]) == 0
+    recipe, rows = read(tmp_path)
+    assert [name for name, bits in rows if bits == 8][-3:] == [
+        "tcq_hf, fraction 0.3, own views",
+        "tcq_hf, fraction 0.2",
+        "tcq_hf, fraction 0.3",
+    ]
+    points = [(share, rows[f"tcq_hf, fraction {share}", 8]["runs"][0]["map_published"]) for share in (0.2, 0.3)]
+    assert drawn["tcq_hf, fixed share"] == [(*point, 0.0) for point in points]
+    assert "vanilla contrastive: negative_filter none, positives views" in recipe["other training"]
+
+
 def test_what_is_impossible_is_left_out_and_named(training, picture_folder, tmp_path):
     options = ["--dataset", str(picture_folder), "--bits", "32", "--seeds", "1", "--max-steps", "1"]
     assert main([*training, *options, "--output", str(tmp_path)]) == 0
@@ -323,6 +340,7 @@ def test_a_config_file(measuring, place, tmp_path):
         (["--seed", "3"], "--seed: set by evaluate itself; use --seeds"),
         (["--output-dir", "x", "--save-strategy", "no"], "--output-dir, --save-strategy: set by evaluate"),
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),
+        (["--shares", "0.1", "1"], "--shares must be at least 0 and below 1, got 1.0"),
         (["--protocol", "nonsense"], "invalid choice: 'nonsense'"),
         (["--without", "pq"], "invalid choice: 'pq'"),
         (["--negative-filter", "best"], "invalid choice: 'best'"),
@@ -335,7 +353,9 @@ def test_wrong_arguments_exit_with_2(training, capsys, words, message):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["--bits", "16"], ["--temperature", "0.2"], ["--cached-views", "2"]])
+@pytest.mark.parametrize(
+    "words", [["--bits", "16"], ["--temperature", "0.2"], ["--cached-views", "2"], ["--shares", "0"]]
+)
 def test_a_saved_model_takes_no_options_of_training(measuring, capsys, words):
     with pytest.raises(SystemExit) as stop:
         main([*measuring, *words])

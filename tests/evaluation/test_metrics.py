@@ -407,6 +407,22 @@ def test_figures_survive_json():
     assert figures["precision@10"] == found.precision[10]
     assert figures["curve"]["ranks"] == found.curve.ranks.tolist()
     assert "curve" not in evaluate(*vectors()).to_dict()
+    assert "average_precision" not in figures
+
+
+def test_average_precisions_are_those_of_each_query_alone():
+    """The published figure is their mean; without a relevant row it is 0."""
+    generator = np.random.default_rng(0)
+    queries, database = generator.standard_normal((8, 6)), generator.standard_normal((90, 6))  # no ties
+    labels, base_labels = np.array([0, -1, 1, 2, 9, 0, 1, 2]), generator.integers(0, 3, 90)
+    found = evaluate(queries, database, labels, base_labels, k=30)
+    assert found.average_precision.shape == (len(queries),)
+    assert found.average_precision.mean() == pytest.approx(found.map_published)
+    assert np.flatnonzero(found.average_precision == 0).tolist() == [1, 4]
+    scores, relevant = queries @ database.T, labels[:, None] == base_labels
+    for query in range(8):
+        alone = mean_average_precision(scores[[query]], relevant[[query]], 30)
+        assert found.average_precision[query] == pytest.approx(alone)
 
 
 def test_default_ranks_are_those_that_the_ranking_has():
