@@ -88,7 +88,8 @@ def _rows(
 def _recipe(columns: Iterable[str]) -> dict[str, str]:
     about = {
         _DIFFERENCE: f"difference of mAP to {_REFERENCE}, plain, at equal bits, with the 95 % interval of a paired "
-        "bootstrap over the queries (10,000 draws); over several seeds each query has its mean",
+        "bootstrap over the queries (10,000 draws); over several seeds each query has its mean, and how "
+        "seeds differ is in ± alone",
         _PUBLISHED: f"with another backbone, to be read beside, not against: {SOURCES}",
     }
     return {name: text for name, text in about.items() if name in columns}

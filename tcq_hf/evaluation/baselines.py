@@ -146,7 +146,8 @@ def selected_projections(
 
     A projection scores the probability that its bit is the same for two of the five nearest neighbours in `train`, less
     that of any two rows. Projections are taken by score as long as the signs correlate below 0.6 with those of each one
-    taken before; where the pool has too few of these, the best of the others follow.
+    taken before; where the pool has too few of these, the best of the others follow. The projections of the pool are
+    independent: many bits of few directions can do worse than the orthonormal ones of `random_projections`.
 
     Args:
         queries: Float `[Q, F]`.
