@@ -90,7 +90,9 @@ def fine_tune(
             TCQTrainingArguments(
                 folder,
                 num_train_epochs=arguments.epochs,
+                negative_filter="fraction",
                 negative_share=arguments.share,
+                positives="views",
                 temperature=arguments.temperature,
                 learning_rate=arguments.learning_rate,
                 backbone_learning_rate=arguments.backbone_learning_rate,
