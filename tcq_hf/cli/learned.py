@@ -11,13 +11,6 @@ from tcq_hf.evaluation.protocols import Split
 
 from .comparison import Vectors, Way, coded
 
-# What each filter is called, and by which value.
-_VALUE = {
-    "fraction": "negative_share",
-    "topk": "negative_count",
-    "threshold": "negative_threshold",
-    "margin": "negative_margin",
-}
 # Published training, to compare with: each picture attracts its own views.
 _VANILLA = {"negative_filter": "none", "positives": "views"}
 _FIXED_SHARE = {"negative_filter": "fraction", "positives": "views"}
@@ -31,15 +24,6 @@ OTHER_TRAINING = "; ".join(
         "fraction X": {**_FRACTION, "negative_share": "X"},
     }.items()
 )
-
-
-def _called(given: TCQTrainingArguments) -> str:
-    """What training with these arguments is called."""
-    if given.negative_filter == "none" and given.positives == "views":
-        return "vanilla contrastive"
-    value = f" {getattr(given, _VALUE[given.negative_filter]):g}" if given.negative_filter in _VALUE else ""
-    filtered = "no filter" if given.negative_filter == "none" else given.negative_filter + value
-    return filtered + (", own views" if given.positives == "views" else "")
 
 
 class Learner:
@@ -107,4 +91,4 @@ class Learner:
         return TCQTrainingArguments(**self.values | changed)
 
     def _name(self, changed: dict[str, Any]) -> str:
-        return f"tcq_hf, {_called(self._arguments(changed))}"
+        return f"tcq_hf, {self._arguments(changed).filter_name}"

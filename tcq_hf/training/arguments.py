@@ -10,6 +10,14 @@ from transformers import SchedulerType, TrainingArguments
 from .negatives import FilterName, negative_filter
 from .views import PRESETS
 
+# The value that each filter uses.
+_VALUE = {
+    "fraction": "negative_share",
+    "topk": "negative_count",
+    "threshold": "negative_threshold",
+    "margin": "negative_margin",
+}
+
 
 @dataclass
 class TCQTrainingArguments(TrainingArguments):
@@ -137,6 +145,15 @@ class TCQTrainingArguments(TrainingArguments):
             raise ValueError(f"debias_prior must be at least 0 and below 1, got {self.debias_prior}")
         if not 0 <= self.feature_dropout < 1:
             raise ValueError(f"feature_dropout must be at least 0 and below 1, got {self.feature_dropout}")
+
+    @property
+    def filter_name(self) -> str:
+        """What training with this filter and these positives is called in tables and on cards."""
+        if self.negative_filter == "none" and self.positives == "views":
+            return "vanilla contrastive"
+        value = f" {getattr(self, _VALUE[self.negative_filter]):g}" if self.negative_filter in _VALUE else ""
+        name = "no filter" if self.negative_filter == "none" else self.negative_filter + value
+        return name + (", own views" if self.positives == "views" else "")
 
     def make_filter(self) -> Any:
         """The `NegativeFilter` that these arguments describe."""

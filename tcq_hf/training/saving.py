@@ -74,8 +74,8 @@ class SavingTrainer(Trainer):
         recipe = {
             "data": "each row of the evaluation set queries the others",
             "denominator and ties": "hits within k, ties at random; min(k, relevant), ties in expectation",
-            "training": f"step {self.state.global_step}, seed {args.seed}, filter {args.negative_filter} "
-            f"({args.negative_share}), temperature {args.temperature}, learning rate {args.learning_rate}",
+            "training": f"step {self.state.global_step}, seed {args.seed}, {args.filter_name}, "
+            f"temperature {args.temperature}, learning rate {args.learning_rate}",
         }
         return [{"search with": f"{self.core.config.bits}-bit codes", **row}], recipe
 

@@ -162,6 +162,23 @@ def test_each_filter_gets_its_own_value(make, values, dropped):
     assert mask.sum(dim=1).tolist() == [dropped] * 20
 
 
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        ({}, "auto"),
+        ({"positives": "views"}, "auto, own views"),
+        ({"negative_filter": "none"}, "no filter"),
+        ({"negative_filter": "none", "positives": "views"}, "vanilla contrastive"),
+        ({"negative_filter": "fraction", "negative_share": 0.25}, "fraction 0.25"),
+        ({"negative_filter": "topk", "negative_count": 4}, "topk 4"),
+        ({"negative_filter": "threshold", "positives": "views"}, "threshold 1, own views"),
+        ({"negative_filter": "margin", "negative_margin": 0.5}, "margin 0.5"),
+    ],
+)
+def test_a_training_is_called_by_its_filter_and_positives(make, values, name):
+    assert make(**values).filter_name == name
+
+
 # --- Command line and JSON -------------------------------------------------------------------------------------------
 
 

@@ -361,7 +361,7 @@ def test_defect_12_a_checkpoint_is_what_hub_save_writes(trainer, started, datase
     assert load_index(checkpoint / "index.faiss", reloaded).ntotal == 0
     card = (checkpoint / "README.md").read_text()
     assert f"{run.state.log_history[-2]['eval_map']:.4f}" in card
-    assert "filter fraction" in card
+    assert "fraction 0.1, own views, temperature" in card
 
 
 def test_no_half_written_folder_is_left(trainer, tmp_path):
