@@ -21,10 +21,14 @@ from .saving import SavingTrainer
 
 
 class GroupingTrainer(SavingTrainer):
-    """A `SavingTrainer` that knows which of its pictures are likely to show the same; see `pseudo_labels.py`."""
+    """A `SavingTrainer` that knows which of its pictures are likely to show the same.
+
+    Attributes:
+        pseudo_labels: What training found in the pictures, once it has begun; None where nothing was asked for.
+    """
 
     _objective: Objective
-    _pseudo_labels: PseudoLabels | None = None
+    pseudo_labels: PseudoLabels | None = None
     _groups: torch.Tensor | None = None
 
     @property
@@ -34,10 +38,10 @@ class GroupingTrainer(SavingTrainer):
     def _partner(self) -> Partner | None:
         """Who is attracted to whom, where neighbours are; finds what has to be known before training."""
         neighbours, auto = self.args.positives == "neighbours", self.args.negative_filter == "auto"
-        if self._pseudo_labels is None and (auto or neighbours):
+        if self.pseudo_labels is None and (auto or neighbours):
             labels = self._once(lambda: find_pseudo_labels(self._training_features(), self._data_seed))
             self._use(labels if auto else labels.without_groups())
-        return Partners(self._pseudo_labels, self._data_seed) if neighbours else None
+        return Partners(self.pseudo_labels, self._data_seed) if neighbours else None
 
     def _groups_of(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
         """Group of each picture of a batch, int64 `[n]`, where there are groups."""
@@ -50,11 +54,11 @@ class GroupingTrainer(SavingTrainer):
             number: How many, by spherical k-means; by default communities of the neighbourhood graph.
         """
         groups = self._once(lambda: find_groups(self._training_embeddings(), self._data_seed, number))
-        known = self._pseudo_labels or PseudoLabels(groups, np.zeros(len(groups) + 1, np.int64), np.empty(0, np.int64))
+        known = self.pseudo_labels or PseudoLabels(groups, np.zeros(len(groups) + 1, np.int64), np.empty(0, np.int64))
         self._use(replace(known, groups=groups))
 
     def _use(self, labels: PseudoLabels) -> None:
-        self._pseudo_labels = labels
+        self.pseudo_labels = labels
         self._groups = torch.from_numpy(labels.groups).to(self.args.device)
         self._objective.share = labels.share
 
@@ -78,8 +82,8 @@ class GroupingTrainer(SavingTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self._pseudo_labels is not None and self.args.should_save:
-            self._pseudo_labels.save(Path(output_dir))
+        if self.pseudo_labels is not None and self.args.should_save:
+            self.pseudo_labels.save(Path(output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -188,7 +188,8 @@ class PseudoLabelCallback(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Group the pictures if it is time."""
-        # An epoch ends at a whole number, up to rounding.
-        since = int((state.epoch or 0.0) + 1e-6) - self.warmup
-        if since >= 0 and since % self.every == 0:
+        # An epoch begins at a whole number, up to rounding; one that a resumed run goes on with has its groups.
+        epoch = state.epoch or 0.0
+        since = round(epoch) - self.warmup
+        if abs(epoch - round(epoch)) < 1e-6 and since >= 0 and since % self.every == 0:
             self.trainer.regroup(self.clusters)

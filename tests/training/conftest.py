@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from tcq_hf import TCQModel, TCQTrainer, TCQTrainingArguments, extract_features
 
@@ -46,3 +47,18 @@ def trainer(started, arguments, dataset, processor):
         return TCQTrainer(model, arguments(**changed), train_dataset, eval_dataset, processor, callbacks=callbacks)
 
     return make
+
+
+@pytest.fixture
+def stop_at():
+    """Makes callbacks that end training after a step, as an interruption would, but with a checkpoint."""
+
+    class StopAt(TrainerCallback):
+        def __init__(self, step):
+            self.step = step
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == self.step:
+                control.should_save = control.should_training_stop = True
+
+    return StopAt

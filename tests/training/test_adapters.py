@@ -10,7 +10,6 @@ import peft
 import pytest
 import timm
 import torch
-from transformers import TrainerCallback
 
 from tcq_hf import FeatureCache, TCQConfig, TCQModel, encode_dataset, hub
 from tcq_hf.training.adapters import add_lora
@@ -163,17 +162,8 @@ def test_a_plain_model_is_merged_already(started):
 # --- Going on --------------------------------------------------------------------------------------------------------
 
 
-class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            control.should_save = control.should_training_stop = True
-
-
 @pytest.mark.parametrize("stop", [2, 5])
-def test_resumed_training_ends_at_the_weights_of_an_uninterrupted_run(trainer, started, tmp_path, stop):
+def test_resumed_training_ends_at_the_weights_of_an_uninterrupted_run(trainer, started, tmp_path, stop, stop_at):
     def made():
         torch.manual_seed(1)
         return add_lora(copy.deepcopy(started), rank=2, lora_dropout=0.2)
@@ -182,7 +172,7 @@ def test_resumed_training_ends_at_the_weights_of_an_uninterrupted_run(trainer, s
     whole, resumed = made(), made()
     trainer(model=whole, **options).train()
     cut = str(tmp_path / "cut")
-    trainer(model=made(), callbacks=[StopAt(stop)], output_dir=cut, **options).train()
+    trainer(model=made(), callbacks=[stop_at(stop)], output_dir=cut, **options).train()
     trainer(model=resumed, output_dir=cut, **options).train(resume_from_checkpoint=True)
     assert changed(weights(whole), weights(resumed)) == set()
     # A checkpoint is also a plain model of its own.

@@ -165,7 +165,7 @@ def test_neighbours_alone_drop_no_negative(trainer):
     made = trainer(negative_filter="none", positives="neighbours")
     made.train()
     assert all(log["dropped_share"] == 0 for log in made.state.log_history if "dropped_share" in log)
-    assert len(made._pseudo_labels.neighbours)
+    assert len(made.pseudo_labels.neighbours)
 
 
 def test_evaluation_drops_the_share_that_training_found(trainer, dataset):
@@ -180,7 +180,7 @@ def test_evaluation_drops_the_share_that_training_found(trainer, dataset):
         similarity = view_similarity(restored, restored)
         count = len(similarity) // 2
         images = (similarity[:count, count:] + similarity[count:, :count]) / 2
-        share = made._pseudo_labels.share
+        share = made.pseudo_labels.share
         expected = contrastive_loss(similarity, made.args.temperature, drop_fraction(images, share)).mean()
     assert 0 < share < 1
     torch.testing.assert_close(loss, expected)
@@ -198,7 +198,7 @@ def test_the_second_view_is_of_a_neighbour(trainer, dataset, processor, started)
             np.testing.assert_array_equal(first, features[batch["rows"]])
             for row, vector in zip(batch["rows"].tolist(), second.numpy(), strict=True):
                 seen.add((row, int(np.flatnonzero((features == vector).all(axis=1))[0])))
-    labels = made._pseudo_labels
+    labels = made.pseudo_labels
     for row in range(len(features)):
         neighbours = {row, *labels.neighbours[labels.starts[row] : labels.starts[row + 1]].tolist()}
         assert {other for of, other in seen if of == row} <= neighbours
@@ -208,21 +208,12 @@ def test_the_second_view_is_of_a_neighbour(trainer, dataset, processor, started)
 # --- Training --------------------------------------------------------------------------------------------------------
 
 
-class Stop(TrainerCallback):
-    """Stops after an epoch."""
-
-    def __init__(self, epoch):
-        self.epoch = epoch
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.epoch >= self.epoch
-
-
 @pytest.mark.parametrize("cached", [True, False])
-def test_a_resumed_run_is_the_run(trainer, arguments, dataset, processor, tiny_config, cached):
+@pytest.mark.parametrize("step", [4, 6])  # the end of an epoch, the middle of one
+def test_a_resumed_run_is_the_run(arguments, dataset, processor, tiny_config, stop_at, cached, step):
     """The groups of a checkpoint are taken up again: with a backbone that trains, features now would give others."""
     weights = []
-    for folder, stops in (("whole", [None]), ("parts", [1, None])):
+    for folder, stops in (("whole", [None]), ("parts", [step, None])):
         for stop in stops:
             torch.manual_seed(0)
             model = TCQModel(tiny_config)
@@ -234,10 +225,9 @@ def test_a_resumed_run_is_the_run(trainer, arguments, dataset, processor, tiny_c
                 negative_filter="auto",
                 positives="neighbours",
                 num_train_epochs=3,
-                save_strategy="epoch",
                 backbone_learning_rate=1e-2,
             )
-            made = TCQTrainer(model, given, data, None, processor, callbacks=[Stop(stop)] if stop else None)
+            made = TCQTrainer(model, given, data, None, processor, callbacks=[stop_at(stop)] if stop else None)
             made.add_callback(PseudoLabelCallback(made, every=1, warmup=1, clusters=4))
             made.train(resume_from_checkpoint=stop is None and len(stops) > 1)
         weights.append(made.core.state_dict())

@@ -25,17 +25,6 @@ def changed(before, after):
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
-class StopAt(TrainerCallback):
-    """Ends training after a step, as an interruption would, but with a checkpoint."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            control.should_save = control.should_training_stop = True
-
-
 # --- Invariant 2: what can be trained is trained ---------------------------------------------------------------------
 
 
@@ -328,7 +317,7 @@ def test_the_users_own_metrics_are_taken(started, arguments, dataset, processor)
 @pytest.mark.parametrize("stop", [2, 4, 5])
 @pytest.mark.parametrize("cached", [False, True])
 def test_resumed_training_ends_at_the_weights_of_an_uninterrupted_run(
-    trainer, started, dataset, processor, tmp_path, cached, stop
+    trainer, started, dataset, processor, tmp_path, cached, stop, stop_at
 ):
     data = dataset
     if cached:
@@ -337,7 +326,7 @@ def test_resumed_training_ends_at_the_weights_of_an_uninterrupted_run(
     options = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 1000, "train_dataset": data}
     trainer(model=started, **options).train()
     # Four steps an epoch: the run stops inside an epoch, at its end, inside the next.
-    trainer(model=first, callbacks=[StopAt(stop)], output_dir=str(tmp_path / "cut"), **options).train()
+    trainer(model=first, callbacks=[stop_at(stop)], output_dir=str(tmp_path / "cut"), **options).train()
     resumed = trainer(model=second, output_dir=str(tmp_path / "cut"), **options)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 12
