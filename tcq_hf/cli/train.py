@@ -125,6 +125,8 @@ def run(parser: OptionsParser, arguments: argparse.Namespace) -> None:
     figures["after"] = learner.evaluate()
     learner.save_model()
     if learner.is_world_process_zero():
+        if training.negative_filter == "auto":
+            print(f"found without labels: {learner.pseudo_labels}")
         _report(figures, eval_pictures, about, hub.merged(model), options, training)
 
 

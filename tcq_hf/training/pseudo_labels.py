@@ -54,6 +54,13 @@ class PseudoLabels:
         sizes = np.bincount(self.groups[self.groups >= 0])
         return float((sizes * (sizes - 1.0)).sum() / max(1, len(self.groups) * (len(self.groups) - 1)))
 
+    def __str__(self) -> str:
+        sizes = np.bincount(self.groups[self.groups >= 0], minlength=1)
+        return (
+            f"{(sizes > 0).sum()} groups of {len(self.groups):,} pictures, the largest with "
+            f"{sizes.max() / len(self.groups):.1%} of them: {self.share:.1%} of the negatives are taken for false ones"
+        )
+
     def partners(self, seed: int, epoch: int) -> np.ndarray:
         """For each picture itself or one of its mutual neighbours, each as likely: a function of seed and epoch."""
         draws = np.random.default_rng((seed, epoch, 2)).integers(np.diff(self.starts) + 1)
@@ -122,12 +129,7 @@ def find_pseudo_labels(features: np.ndarray, seed: int = 0) -> PseudoLabels:
     degrees = np.zeros(count, np.int64)
     degrees[rows] = np.diff(mutual.indptr)
     found = PseudoLabels(groups, np.concatenate([[0], degrees.cumsum()]), rows[mutual.indices])
-    logger.info(
-        "%d groups in the graph of %d neighbours of %d pictures, the largest with %.1f %% of them: %.1f %% of the "
-        "negatives are taken for false ones",
-        *(groups.max() + 1, graph.neighbours.shape[1], len(rows), 100 * np.bincount(groups).max() / count),
-        100 * found.share,
-    )
+    logger.info("in the graph of %d neighbours of each picture: %s", graph.neighbours.shape[1], found)
     return found
 
 

@@ -106,7 +106,9 @@ def test_equal_seeds_give_equal_labels_and_a_file_keeps_them(clumps, tmp_path):
 def test_what_was_found_is_logged(clumps, caplog):
     with caplog.at_level(logging.INFO, "tcq_hf"):
         find_pseudo_labels(clumps[0])
-    assert "4 groups in the graph of 10 neighbours of 140 pictures, the largest with 42.9 %" in caplog.text
+    # 2 ln 140 = 9.9; 60 of 140 pictures; the share is tested above.
+    assert "in the graph of 10 neighbours of each picture: 4 groups of 140 pictures" in caplog.text
+    assert "the largest with 42.9% of them: 30.4% of the negatives are taken for false ones" in caplog.text
 
 
 def test_a_number_of_groups_is_k_means(clumps):
