@@ -87,5 +87,12 @@ class GroupingTrainer(SavingTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if Path(resume_from_checkpoint, FILE_NAME).is_file():
-            self._use(PseudoLabels.load(Path(resume_from_checkpoint)))
+        if not Path(resume_from_checkpoint, FILE_NAME).is_file():
+            return
+        labels = PseudoLabels.load(Path(resume_from_checkpoint))
+        if len(labels.groups) != len(self.train_dataset):
+            raise ValueError(
+                f"{resume_from_checkpoint} has pseudo-labels of {len(labels.groups)} pictures, train_dataset has "
+                f"{len(self.train_dataset)}: go on with the pictures that the run began with"
+            )
+        self._use(labels)

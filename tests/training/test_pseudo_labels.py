@@ -50,7 +50,7 @@ def test_groups_of_any_number_and_size_are_found(clumps):
     assert found.share == pytest.approx((same.sum() - 140) / (140 * 139))
 
 
-def test_a_uniform_set_scale_shift_and_order_change_nothing(clumps):
+def test_scale_shift_and_order_change_nothing(clumps):
     features, truth = clumps
     order = np.random.default_rng(1).permutation(140)
     assert same_partition(find_pseudo_labels(3 * features[order] + 7, seed=5).groups, truth[order])
@@ -112,15 +112,14 @@ def test_what_was_found_is_logged(clumps, caplog):
 
 
 def test_a_number_of_groups_is_k_means(clumps):
-    features, truth = clumps
+    features, _ = clumps
     assert len({*find_groups(features, 0, 7).tolist()}) == 7
-    centred = features / np.linalg.norm(features, axis=1, keepdims=True)
     groups = find_groups(features, 0, 4)
-    # Each picture is in the group whose mean direction is the nearest: what k-means ends with.
-    means = np.stack([centred[groups == g].mean(axis=0) for g in range(4)])
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    means = np.stack([unit[groups == group].sum(axis=0) for group in range(4)])
     means /= np.linalg.norm(means, axis=1, keepdims=True)
-    assert (np.argmax(centred @ means.T, axis=1) == groups).mean() > 0.97
-    assert truth.shape == groups.shape
+    # Where k-means ends, each picture is in the group of the nearest mean direction.
+    np.testing.assert_array_equal(np.argmax(unit @ means.T, axis=1), groups)
 
 
 @pytest.mark.parametrize("features", [np.ones((2, 4), np.float32), np.ones(8, np.float32)])
@@ -261,3 +260,12 @@ def test_groups_are_found_anew_every_few_epochs_after_the_warmup(trainer, datase
 def test_an_impossible_schedule_is_refused(trainer, values):
     with pytest.raises(ValueError, match="every must be at least 1, warmup at least 0 and clusters at least 2"):
         PseudoLabelCallback(trainer(), **values)
+
+
+def test_a_checkpoint_of_other_pictures_is_refused(trainer, dataset, tmp_path):
+    options = {"negative_filter": "auto", "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    trainer(**options).train()
+    with pytest.raises(ValueError, match="has pseudo-labels of 32 pictures, train_dataset has 24"):
+        trainer(train_dataset=dataset.select(range(24)), **options | {"max_steps": 3}).train(
+            resume_from_checkpoint=True
+        )
