@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
@@ -16,6 +17,9 @@ from transformers.utils import ModelOutput
 from .backbone_tcq import create_backbone, feature_width, pretrained_backbone, rest_frozen, supports_checkpointing
 from .configuration_tcq import TCQConfig
 from .quantization_tcq import ProductQuantizer
+
+# Bytes; torch allocates on such borders.
+_CACHE_LINE = 64
 
 
 @dataclass
@@ -33,6 +37,17 @@ class TCQOutput(ModelOutput):
     codes: torch.Tensor | None = None
     reconstruction: torch.FloatTensor | None = None
     assignments: torch.FloatTensor | None = None
+
+
+class Projection(nn.Linear):
+    """Affine map of features at one length: each row `[F]` is scaled to root mean square 1 before.
+
+    How long a feature is says little of what a picture shows, and differs between backbones by orders of magnitude.
+    """
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """float32 `[N, D]` of features `[N, F]`."""
+        return super().forward(_at_one_length(features))
 
 
 class TCQModel(PreTrainedModel):
@@ -62,7 +77,7 @@ class TCQModel(PreTrainedModel):
     def __init__(self, config: TCQConfig) -> None:
         super().__init__(config)
         self.backbone = create_backbone(config)
-        self.projection = nn.Linear(feature_width(self.backbone, config), config.embedding_dim)
+        self.projection = Projection(feature_width(self.backbone, config), config.embedding_dim)
         self.quantizer = ProductQuantizer(
             config.num_codebooks, config.codebook_size, config.sub_dim, config.softmax_scale
         )
@@ -129,11 +144,13 @@ class TCQModel(PreTrainedModel):
             OSError: If there is no such model or its weights are damaged, naming it.
         """
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except SafetensorError as error:
             raise OSError(
                 f"model.safetensors of {pretrained_model_name_or_path} is damaged ({error}); save or download it again"
             ) from error
+        _align(loaded[0] if isinstance(loaded, tuple) else loaded)  # a tuple with output_loading_info
+        return loaded
 
     @classmethod
     def from_timm(cls, name: str, weights: str | os.PathLike | None = None, **config: Any) -> "TCQModel":
@@ -161,8 +178,8 @@ class TCQModel(PreTrainedModel):
     ) -> "TCQModel":
         """Fit projection and codebooks to pictures without labels: PCA map, random rotation, spherical k-means.
 
-        The projection becomes the centred PCA of the features, turned by a random orthogonal matrix, so that every
-        sub-space carries the same share of the variance; its scale is that of the features. The codebooks become the
+        The projection becomes the centred PCA of the features, each at root mean square 1, turned by a random
+        orthogonal matrix, so that every sub-space carries the same share of the variance. The codebooks become the
         spherical k-means centroids of the resulting sub-vectors.
 
         Args:
@@ -243,12 +260,31 @@ class TCQModel(PreTrainedModel):
         self.gradient_checkpointing = enable  # what transformers reads
 
 
+def _align(model: nn.Module) -> None:
+    """Copy weights that lie where a mapped file happens to have them.
+
+    Where they begin between two cache lines, BLAS may round products otherwise: the model would not be the one saved.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % _CACHE_LINE:
+            tensor.data = tensor.data.clone()
+
+
+def _at_one_length(features: torch.Tensor) -> torch.Tensor:
+    return F.rms_norm(features, features.shape[-1:], eps=1e-12)
+
+
 def _rotated_pca(rows: torch.Tensor, width: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight `[D, F]` and bias `[D]` of the centred PCA map followed by a random matrix with orthonormal columns."""
-    mean = rows.double().mean(dim=0)
+    """Weight `[D, F]` and bias `[D]` of the centred PCA map followed by a random matrix with orthonormal columns.
+
+    The rows are those of features, at any length; the map is one of rows at one length.
+    """
+    mean = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+    for block in rows.split(16384):
+        mean += _at_one_length(block.double()).sum(dim=0) / len(rows)
     covariance = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
     for block in rows.split(16384):
-        centred = block.double() - mean
+        centred = _at_one_length(block.double()) - mean
         covariance += centred.T @ centred
     rank = min(width, rows.shape[1])
     directions = torch.linalg.eigh(covariance).eigenvectors[:, -rank:].flip(1).T

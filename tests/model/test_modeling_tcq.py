@@ -87,6 +87,31 @@ def test_forward_equals_the_slow_way_through_every_formula(model):
     assert np.array_equal(output.reconstruction.detach().numpy(), np.array(chosen).reshape(3, 32))
 
 
+def test_projection_is_the_affine_map_of_features_at_root_mean_square_one(model):
+    features = 100 * draw(5, 32)
+    weight, bias = model.projection.weight.detach().double(), model.projection.bias.detach().double()
+    found = model.projection(features).detach()
+    for row, projected in zip(features.double(), found.double(), strict=True):
+        scaled = row / math.sqrt(sum(float(x) ** 2 for x in row) / 32)
+        # Rounding of the length, then a float32 product of F terms: (F + 8) eps of the sum of magnitudes.
+        bound = (32 + 8) * EPS * (scaled.abs() @ weight.abs().T + bias.abs())
+        assert ((projected - (scaled @ weight.T + bias)).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("length", [2.0**-4, 2.0**20])
+def test_the_length_of_a_feature_plays_no_part(model, length):
+    # A power of two scales without rounding, and what keeps the root from zero is below the rounding of these squares.
+    features = draw(50, 32)
+    assert float((length * features).square().mean(1).min()) > 1e-12 / (EPS / 4)
+    plain, scaled = model(features=features), model(features=length * features)
+    assert torch.allclose(scaled.embeddings, plain.embeddings, rtol=0, atol=8 * EPS)
+    assert torch.equal(scaled.codes, plain.codes)
+
+
+def test_a_feature_of_zeros_has_an_embedding(model):
+    assert model(features=torch.zeros(2, 32)).embeddings.isfinite().all()
+
+
 @pytest.mark.parametrize("name", BACKBONES)
 def test_features_path_equals_pixel_path(name):
     model = build(name)
@@ -223,21 +248,27 @@ def centred_scatter(rows: torch.Tensor) -> torch.Tensor:
     return centred.T @ centred / len(rows)
 
 
+def at_one_length(features):
+    """Rows scaled to root mean square 1, in double precision; float32 again."""
+    rows = features.double()
+    return (rows / rows.square().mean(dim=1, keepdim=True).sqrt()).float()
+
+
 def features_with_offset(count=300, width=32):
-    """Features whose directions have very different variances and whose mean is far from zero."""
-    return draw(count, width) * torch.logspace(0, -2, width) + 10 * draw(width, seed=1)
+    """Features of root mean square 1 whose directions have very different variances and whose mean is far from zero."""
+    return at_one_length(draw(count, width) * torch.logspace(0, -2, width) + draw(width, seed=1))
 
 
 def test_initialize_centres_the_projection():
     model, features = build("vit_tiny_patch16_224"), features_with_offset()
     model.initialize(features)
     weight, bias = model.projection.weight.detach().double(), model.projection.bias.detach().double()
-    # Rounding of W and b to float32, and a float32 product of F terms: (F + 4) eps of the sum of magnitudes.
-    bound = (32 + 4) * EPS * (features.double().abs() @ weight.abs().T + bias.abs()).mean(0)
+    # Rounding of W, b and the length to float32, and a product of F terms: (F + 8) eps of the sum of magnitudes.
+    bound = (32 + 8) * EPS * (features.double().abs() @ weight.abs().T + bias.abs()).mean(0)
     with torch.no_grad():
         mean = model.projection(features).double().mean(0)
     assert (mean.abs() <= bound).all()
-    assert bound.max() < 1e-2  # far below the mean of the features, 10
+    assert bound.max() < 1e-2  # far below the length of the mean
 
 
 @pytest.mark.parametrize("dim", [4, 16])
@@ -545,6 +576,17 @@ def reloaded(tmp_path_factory):
     assert done.returncode == 0, done.stderr
     there = {name: safetensors.torch.load_file(folder / "outputs.safetensors") for name, folder in folders.items()}
     return {name: (here[name], there[name], folders[name]) for name in BACKBONES}
+
+
+@pytest.mark.parametrize("info", [False, True])
+def test_loaded_weights_begin_on_cache_lines_as_those_of_a_new_model(model, tmp_path, info):
+    # BLAS rounds by where a row begins; what a file is mapped to begins anywhere.
+    model.save_pretrained(tmp_path)
+    found = TCQModel.from_pretrained(tmp_path, output_loading_info=info)
+    loaded = found[0] if info else found
+    places = {name: tensor.data_ptr() % 64 for name, tensor in loaded.state_dict().items()}
+    assert places == dict.fromkeys(model.state_dict(), 0)
+    assert same(loaded(pixels(model)), model(pixels(model)))
 
 
 @pytest.mark.parametrize("name", BACKBONES)
