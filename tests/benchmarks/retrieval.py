@@ -31,8 +31,8 @@ mAP@1000, hits within k, of the default training, with its difference to FAISS P
 {verdict}
 The hits-in-k figures of PQ stand above those of the float features on every set: codes smooth.
 
-The seconds in the tables were measured beside other work on one thread. The pictures of the queries that fail most are
-written by the command; they are not shown here."""
+The seconds hold for whatever else ran on the machine. The pictures of the queries that fail most are written by the
+command; they are not shown here."""
 
 SECTION = """## {title}
 
@@ -78,7 +78,9 @@ SETS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=Path("retrieval-results"), metavar="DIR", help="a folder a set")
+    parser.add_argument(
+        "--results", type=Path, default=Path("retrieval-results"), metavar="DIR", help="of what was measured"
+    )
     arguments = parser.parse_args()
     for one in SETS:
         folder = arguments.results / one.stem
@@ -88,7 +90,7 @@ def main() -> None:
             if tcq_hf([*given, "--weights", str(weights), "--output", str(folder)]):
                 raise SystemExit(f"no figures of {one.title}")
         published(one, folder)
-    found = {one: json.loads((PAGES / "retrieval" / f"{one.stem}.json").read_text()) for one in SETS}
+    found = {one: json.loads((PAGES / "retrieval" / f"{one.stem}.json").read_text("utf-8")) for one in SETS}
     summary = [{"set": one.title} | {f"{row['bits']} bits": figure(row) for row in default(found[one])} for one in SETS]
     parts = [TEXT.format(summary=markdown_table(summary), verdict=verdict(found))]
     parts += [section(one, arguments.results / one.stem) for one in SETS]
@@ -110,7 +112,6 @@ def section(one: Benchmark, folder: Path) -> str:
     """Part of the page about one set."""
     _, table, *pictures, recipe = (folder / "results.md").read_text(encoding="utf-8").strip().split("\n\n")
     shown = [picture for picture in pictures if "](failures.png)" not in picture]
-    shown = [line for picture in shown for line in picture.split("\n") if "](failures.png)" not in line]
     words = ["tcq-hf", *one.arguments(one.folder)]
     cut = words.index("--bits")
     return SECTION.format(
