@@ -44,8 +44,10 @@ class GroupingTrainer(SavingTrainer):
         return Partners(self.pseudo_labels, self._data_seed) if neighbours else None
 
     def _groups_of(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
-        """Group of each picture of a batch, int64 `[n]`, where there are groups."""
-        return self._groups[inputs["rows"]] if self._groups is not None and "rows" in inputs else None
+        """Group of each picture of a batch, int64 `[n]`, where there are groups: partitions take turns by step."""
+        if self._groups is None or "rows" not in inputs:
+            return None
+        return self._groups[self.state.global_step % len(self._groups)][inputs["rows"]]
 
     def regroup(self, number: int | None = None) -> None:
         """Find the groups of the training pictures anew, from the embeddings that they have now.
@@ -54,7 +56,9 @@ class GroupingTrainer(SavingTrainer):
             number: How many, by spherical k-means; by default communities of the neighbourhood graph.
         """
         groups = self._once(lambda: find_groups(self._training_embeddings(), self._data_seed, number))
-        known = self.pseudo_labels or PseudoLabels(groups, np.zeros(len(groups) + 1, np.int64), np.empty(0, np.int64))
+        known = self.pseudo_labels or PseudoLabels(
+            groups, np.zeros(groups.shape[1] + 1, np.int64), np.empty(0, np.int64)
+        )
         self._use(replace(known, groups=groups))
 
     def _use(self, labels: PseudoLabels) -> None:
@@ -90,9 +94,9 @@ class GroupingTrainer(SavingTrainer):
         if not Path(resume_from_checkpoint, FILE_NAME).is_file():
             return
         labels = PseudoLabels.load(Path(resume_from_checkpoint))
-        if len(labels.groups) != len(self.train_dataset):
+        if labels.groups.shape[1] != len(self.train_dataset):
             raise ValueError(
-                f"{resume_from_checkpoint} has pseudo-labels of {len(labels.groups)} pictures, train_dataset has "
+                f"{resume_from_checkpoint} has pseudo-labels of {labels.groups.shape[1]} pictures, train_dataset has "
                 f"{len(self.train_dataset)}: go on with the pictures that the run began with"
             )
         self._use(labels)

@@ -2,7 +2,8 @@
 
 Pictures of one group are likely false negatives of each other: they leave the denominator of each other's loss, as
 those with a label in common would. Nothing has to be known about the pictures, neither how many groups there are nor
-how large they are: groups are the communities of the neighbourhood graph.
+how large they are: groups are the communities of the neighbourhood graph. How finely to split it is not known either,
+so there are several partitions, which the steps of training take in turn.
 """
 
 import logging
@@ -32,6 +33,8 @@ FILE_NAME = "pseudo_labels.safetensors"
 _GRAPH_ROWS = 50_000
 # Exponent of a similarity as the weight of an edge, as in diffusion on such graphs (Iscen et al., CVPR 2017).
 _SHARPNESS = 3
+# Resolutions of the modularity (Reichardt and Bornholdt 2006): 1 is Newman's, smaller ones give larger communities.
+_RESOLUTIONS = (1.0, 0.7, 0.5)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +42,7 @@ class PseudoLabels:
     """What the training knows of its pictures without labels.
 
     Args:
-        groups: int64 `[N]`, group of each picture; -1 for one that has none.
+        groups: int64 `[R, N]`, group of each picture in each of R partitions; -1 for one that has none.
         starts: int64 `[N + 1]`: the mutual neighbours of picture i are `neighbours[starts[i] : starts[i + 1]]`.
         neighbours: int64 rows of pictures.
     """
@@ -51,15 +54,20 @@ class PseudoLabels:
     @property
     def share(self) -> float:
         """Probability that two different pictures are of one group: the expected share of false negatives."""
-        sizes = np.bincount(self.groups[self.groups >= 0])
-        return float((sizes * (sizes - 1.0)).sum() / max(1, len(self.groups) * (len(self.groups) - 1)))
+        count = self.groups.shape[1]
+        pairs = sum((sizes * (sizes - 1.0)).sum() for sizes in self._sizes())
+        return float(pairs / len(self.groups) / max(1, count * (count - 1)))
 
     def __str__(self) -> str:
-        sizes = np.bincount(self.groups[self.groups >= 0], minlength=1)
+        sizes, count = self._sizes(), self.groups.shape[1]
         return (
-            f"{(sizes > 0).sum()} groups of {len(self.groups):,} pictures, the largest with "
-            f"{sizes.max() / len(self.groups):.1%} of them: {self.share:.1%} of the negatives are taken for false ones"
+            f"{', '.join(str((each > 0).sum()) for each in sizes)} groups of {count:,} pictures, the largest with "
+            f"{max(each.max() for each in sizes) / count:.1%} of them: {self.share:.1%} of the negatives are taken for "
+            "false ones"
         )
+
+    def _sizes(self) -> list[np.ndarray]:
+        return [np.bincount(groups[groups >= 0], minlength=1) for groups in self.groups]
 
     def partners(self, seed: int, epoch: int) -> np.ndarray:
         """For each picture itself or one of its mutual neighbours, each as likely: a function of seed and epoch."""
@@ -103,8 +111,8 @@ def find_pseudo_labels(features: np.ndarray, seed: int = 0) -> PseudoLabels:
     """Groups and mutual neighbours of pictures, from their features alone.
 
     Centred features become a graph of k = 2 ln N nearest neighbours by cosine, with either-way edges of weight
-    cosine^3; the groups are its communities of greatest modularity (Louvain, Blondel et al. 2008), whose number and
-    sizes come out. Two pictures that name each other are mutual neighbours.
+    cosine^3; the groups are its communities of greatest modularity (Louvain, Blondel et al. 2008) at the resolutions 1,
+    0.7 and 0.5, whose number and sizes come out. Two pictures that name each other are mutual neighbours.
 
     Args:
         features: float32 `[N, F]`, N at least 3. Of more than 50,000 pictures, as many drawn by `seed` make the graph;
@@ -124,7 +132,7 @@ def find_pseudo_labels(features: np.ndarray, seed: int = 0) -> PseudoLabels:
     centred = features - features[rows].mean(axis=0)
     graph = KNNGraph.build(centred[rows], min(round(2 * math.log(len(rows))), len(rows) - 1))
     inside = communities(graph, seed)
-    groups = inside if len(rows) == count else inside[_nearest(centred, centred[rows])]
+    groups = inside if len(rows) == count else inside[:, _nearest(centred, centred[rows])]
     mutual = graph.adjacency(mutual=True).tocsr()
     degrees = np.zeros(count, np.int64)
     degrees[rows] = np.diff(mutual.indptr)
@@ -134,28 +142,29 @@ def find_pseudo_labels(features: np.ndarray, seed: int = 0) -> PseudoLabels:
 
 
 def communities(graph: KNNGraph, seed: int) -> np.ndarray:
-    """Community of each row of a neighbourhood graph, int64 `[N]`, the largest community first."""
-    weights = graph.adjacency().power(_SHARPNESS)
-    found = networkx.community.louvain_communities(networkx.from_scipy_sparse_array(weights), seed=seed)
-    groups = np.empty(weights.shape[0], np.int64)
-    for number, members in enumerate(sorted(found, key=len, reverse=True)):
-        groups[list(members)] = number
+    """Community of each row of a neighbourhood graph at each resolution, int64 `[R, N]`, the largest first."""
+    weighted = networkx.from_scipy_sparse_array(graph.adjacency().power(_SHARPNESS))
+    groups = np.empty((len(_RESOLUTIONS), len(weighted)), np.int64)
+    for partition, resolution in zip(groups, _RESOLUTIONS, strict=True):
+        found = networkx.community.louvain_communities(weighted, resolution=resolution, seed=seed)
+        for number, members in enumerate(sorted(found, key=len, reverse=True)):
+            partition[list(members)] = number
     return groups
 
 
 def find_groups(vectors: np.ndarray, seed: int = 0, number: int | None = None) -> np.ndarray:
-    """Groups alone, int64 `[N]`.
+    """Groups alone, int64 `[R, N]`.
 
     Args:
         vectors: float32 `[N, D]`.
         seed: Seed of what is random.
-        number: How many, by spherical k-means; by default as `find_pseudo_labels` finds them.
+        number: How many, by spherical k-means, in one partition; by default as `find_pseudo_labels` finds them.
     """
     if number is None:
         return find_pseudo_labels(vectors, seed).groups
     points = F.normalize(torch.as_tensor(vectors), dim=1)
     centroids = spherical_kmeans(points, number, torch.Generator().manual_seed(seed), iterations=25)
-    return torch.cat([(block @ centroids.T).argmax(dim=1) for block in points.split(16384)]).numpy()
+    return torch.cat([(block @ centroids.T).argmax(dim=1) for block in points.split(16384)]).numpy()[None]
 
 
 def _nearest(vectors: np.ndarray, among: np.ndarray) -> np.ndarray:

@@ -65,12 +65,13 @@ def learn(
         if grouping and epoch >= WARMUP and (epoch - WARMUP) % EVERY == 0:
             groups = torch.from_numpy(find_groups(embed(encoder, images), seed, grouping["groups"]))
         kept, wrong, seen = 0, 0, 0
-        for rows in torch.randperm(len(images), generator=generator).split(BATCH)[:-1]:
+        batches = torch.randperm(len(images), generator=generator).split(BATCH)[:-1]
+        for step, rows in enumerate(batches):
             views = torch.cat([view(images[rows], generator) for _ in range(2)])
             vectors = encoder(views.flatten(1))
             similarity = view_similarity(vectors, vectors)
             drop = drop_fraction(image_similarity(similarity), share) if share else keep_all(similarity[:BATCH, :BATCH])
-            drop = drop if groups is None else drop | same_group(groups[rows])
+            drop = drop if groups is None else drop | same_group(groups[step % len(groups), rows])
             optimizer.zero_grad()
             contrastive_loss(similarity, TEMPERATURE, drop).mean().backward()
             optimizer.step()

@@ -109,7 +109,7 @@ def test_a_new_model_is_what_the_python_interface_trains(place, fresh, tmp_path,
     after = figures(dataset, model, processor)
     assert changed(model.state_dict(), weights(tmp_path / "out")) == set()
     assert "projection and codebooks start at PCA and k-means of 32 pictures" in printed
-    assert re.search(r"found without labels: \d+ groups of 32 pictures, the largest with", printed)
+    assert re.search(r"found without labels: \d+, \d+, \d+ groups of 32 pictures, the largest with", printed)
     found = table(printed)
     for when, expected in (("before", before), ("after", after)):
         assert found[when]["mAP@31"] == pytest.approx(expected.map_published, abs=2e-3)

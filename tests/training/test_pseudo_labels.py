@@ -33,8 +33,10 @@ def clumps():
 
 
 def same_partition(groups, truth):
-    return (
-        len({*zip(groups.tolist(), truth.tolist(), strict=True)}) == len({*groups.tolist()}) == len({*truth.tolist()})
+    """Whether each of the partitions `[R, N]` is that of the truth `[N]`."""
+    return all(
+        len({*zip(each.tolist(), truth.tolist(), strict=True)}) == len({*each.tolist()}) == len({*truth.tolist()})
+        for each in groups
     )
 
 
@@ -45,7 +47,7 @@ def test_groups_of_any_number_and_size_are_found(clumps):
     features, truth = clumps
     found = find_pseudo_labels(features)
     assert same_partition(found.groups, truth)
-    assert np.bincount(found.groups).tolist() == list(SIZES)
+    assert all(np.bincount(groups).tolist() == list(SIZES) for groups in found.groups)
     same = truth[:, None] == truth
     assert found.share == pytest.approx((same.sum() - 140) / (140 * 139))
 
@@ -80,7 +82,7 @@ def test_a_partner_is_a_function_of_seed_epoch_and_row(clumps):
 
 
 def test_a_picture_without_neighbours_is_its_own_partner():
-    lone = PseudoLabels(np.zeros(3, np.int64), np.array([0, 0, 1, 1]), np.array([0]))
+    lone = PseudoLabels(np.zeros((1, 3), np.int64), np.array([0, 0, 1, 1]), np.array([0]))
     assert {tuple(lone.partners(0, epoch).tolist()) for epoch in range(40)} == {(0, 1, 2), (0, 0, 2)}
 
 
@@ -107,14 +109,14 @@ def test_what_was_found_is_logged(clumps, caplog):
     with caplog.at_level(logging.INFO, "tcq_hf"):
         find_pseudo_labels(clumps[0])
     # 2 ln 140 = 9.9; 60 of 140 pictures; the share is tested above.
-    assert "in the graph of 10 neighbours of each picture: 4 groups of 140 pictures" in caplog.text
+    assert "in the graph of 10 neighbours of each picture: 4, 4, 4 groups of 140 pictures" in caplog.text
     assert "the largest with 42.9% of them: 30.4% of the negatives are taken for false ones" in caplog.text
 
 
 def test_a_number_of_groups_is_k_means(clumps):
     features, _ = clumps
-    assert len({*find_groups(features, 0, 7).tolist()}) == 7
-    groups = find_groups(features, 0, 4)
+    assert len({*find_groups(features, 0, 7)[0].tolist()}) == 7
+    (groups,) = find_groups(features, 0, 4)
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
     means = np.stack([unit[groups == group].sum(axis=0) for group in range(4)])
     means /= np.linalg.norm(means, axis=1, keepdims=True)
@@ -145,6 +147,33 @@ def test_a_group_leaves_the_denominators_of_its_own():
     assert drop.tolist() == expected
 
 
+def test_the_share_is_the_mean_over_the_partitions():
+    groups = np.array([[0, 0, 0, 1], [0, 0, 1, 1], [-1, -1, -1, 0]])
+    labels = PseudoLabels(groups, np.zeros(5, np.int64), np.empty(0, np.int64))
+    assert labels.share == pytest.approx((3 / 6 + 2 / 6 + 0) / 3)
+    assert str(labels).startswith("2, 2, 1 groups of 4 pictures, the largest with 75.0% of them: 27.8% of")
+
+
+def test_coarser_partitions_have_larger_groups():
+    """A ring of 30 clumps: modularity at a low resolution joins neighbouring ones (Fortunato and Barthelemy 2007)."""
+    angles = np.repeat(np.arange(30) * 2 * np.pi / 30, 20) + np.random.default_rng(0).normal(0, 0.03, 600)
+    found = find_pseudo_labels(np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32))
+    numbers = [len(np.unique(groups)) for groups in found.groups]
+    assert numbers == sorted(numbers, reverse=True)
+    assert numbers[0] > numbers[-1]
+
+
+def test_steps_take_the_partitions_in_turn(trainer):
+    made = trainer(negative_filter="auto")
+    made.train()
+    rows = torch.tensor([3, 1, 4])
+    made._groups = torch.arange(3 * 32).reshape(3, 32)
+    seen = []
+    for made.state.global_step in range(5):
+        seen.append(made._groups_of({"rows": rows}).tolist())
+    assert seen == [[3, 1, 4], [35, 33, 36], [67, 65, 68], [3, 1, 4], [35, 33, 36]]
+
+
 def test_the_logged_loss_leaves_the_groups_out(trainer, started, dataset):
     """One step from the loader of the trainer, against the loss with the mask of its groups."""
     made = trainer(negative_filter="auto", positives="neighbours")
@@ -155,7 +184,7 @@ def test_the_logged_loss_leaves_the_groups_out(trainer, started, dataset):
     with torch.no_grad():
         output = made._output(model, batch)
         restored = model.quantizer.soft_reconstruct(output.assignments)
-        groups = labels.groups[batch["rows"]]
+        groups = labels.groups[0, batch["rows"]]
         drop = torch.tensor([[i != j and g == h for j, h in enumerate(groups)] for i, g in enumerate(groups)])
         expected = contrastive_loss(view_similarity(restored, restored), made.args.temperature, drop).mean()
     assert 0 < drop.sum() < drop.numel() - len(drop)
