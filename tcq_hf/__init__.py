@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from .evaluation.metrics import evaluate, mean_average_precision
     from .index.dataset_index import add_code_index, codes_array, search
     from .index.encoding import encode_dataset, extract_features
-    from .index.faiss_index import add_codes, build_index, load_index, save_index, to_gpu
+    from .index.faiss_index import build_index, load_index, save_index
+    from .index.gpu_index import to_gpu
     from .training.arguments import TCQTrainingArguments
     from .training.feature_cache import FeatureCache
     from .training.trainer import TCQTrainer
@@ -37,11 +38,10 @@ TCQImageProcessor.register_for_auto_class("AutoImageProcessor")
 _LAZY = {
     "encode_dataset": "index.encoding",
     "extract_features": "index.encoding",
-    "add_codes": "index.faiss_index",
     "build_index": "index.faiss_index",
     "load_index": "index.faiss_index",
     "save_index": "index.faiss_index",
-    "to_gpu": "index.faiss_index",
+    "to_gpu": "index.gpu_index",
     "add_code_index": "index.dataset_index",
     "codes_array": "index.dataset_index",
     "search": "index.dataset_index",

@@ -128,11 +128,15 @@ def test_every_module_is_in_a_known_room():
     assert {name.split(".")[0] for name in modules()} <= {*TABLE, *FREE}
 
 
-def test_faiss_index_needs_faiss_and_numpy_only():
-    tree = ast.parse((PACKAGE / "index" / "faiss_index.py").read_text(encoding="utf-8"))
+LIGHT = ("code_index", "fast_index", "shadow", "faiss_index", "gpu_index", "locks", "writing")
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_the_index_itself_needs_faiss_and_numpy_only(module):
+    tree = ast.parse((PACKAGE / "index" / f"{module}.py").read_text(encoding="utf-8"))
     named = {target for node in ast.walk(tree) for target in targets(node, ["tcq_hf", "index"])}
-    # Its only sibling writes files aside and needs nothing at all.
-    found = {target.split(".")[0] for target in named if not target.startswith("tcq_hf.index.writing")}
+    # The siblings are held to this too.
+    found = {name.split(".")[0] for name in named if not name.startswith(tuple(f"tcq_hf.index.{n}" for n in LIGHT))}
     assert not found & {"torch", "transformers", "timm", "datasets", "tcq_hf"}
 
 

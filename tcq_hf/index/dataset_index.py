@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from .encoding import encode_pictures
-from .faiss_index import build_index, check_index_belongs
+from .faiss_index import Mode, build_index, check_index_belongs
 
 if TYPE_CHECKING:
     from tcq_hf.model.image_processing_tcq import TCQImageProcessor
@@ -38,7 +38,9 @@ def codes_array(dataset: Dataset, column: str = "codes") -> np.ndarray:
     return np.concatenate(chunks) if chunks else np.empty((0, width), np.uint8)
 
 
-def add_code_index(dataset: Dataset, column: str, model: "TCQModel", name: str | None = None) -> Dataset:
+def add_code_index(
+    dataset: Dataset, column: str, model: "TCQModel", name: str | None = None, mode: Mode = "exact"
+) -> Dataset:
     """Attach a FAISS index over a codes column; no float column is needed.
 
     Attach last: `datasets` refuses to shuffle, select or filter a dataset that has an index. A code does not tell which
@@ -49,11 +51,12 @@ def add_code_index(dataset: Dataset, column: str, model: "TCQModel", name: str |
         column: The codes column.
         model: The model (or codebooks `[M, K, d]`) that made the codes.
         name: Name of the index; the column's by default.
+        mode: `"exact"` or `"fast"`, as for `build_index`.
 
     Returns:
         The same dataset, with the index attached, as `dataset.add_faiss_index` does.
     """
-    return attach_index(dataset, build_index(model, codes_array(dataset, column)), name or column)
+    return attach_index(dataset, build_index(model, codes_array(dataset, column), mode), name or column)
 
 
 def attach_index(dataset: Dataset, index: Any, name: str) -> Dataset:

@@ -4,6 +4,7 @@ import argparse
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from tcq_hf import FeatureCache, TCQImageProcessor, TCQModel, TCQTrainer, TCQTra
 from tcq_hf.evaluation import baselines
 from tcq_hf.evaluation.metrics import evaluate
 from tcq_hf.evaluation.protocols import by_labels, cifar10_ii, validation
+from tcq_hf.training import pseudo_labels
 from tcq_hf.training.figures import neighbourhood_quality
 from tcq_hf.training.pseudo_labels import PseudoLabelCallback
 
@@ -30,6 +32,7 @@ automobile, deer, frog, truck), and ten of sizes that fall from 2,000 by a facto
 QUALITY = """`eval_quality` against mAP, over all rows above that learn, seed {seed}: Pearson's correlation on each set.
 It needs no labels: neighbourhoods of the database embeddings that agree with each other."""
 
+RESOLUTIONS = pseudo_labels._RESOLUTIONS
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.3)
 ROWS = {
     "default: auto, neighbours, T 0.5, dropout 0.5": {},
@@ -50,6 +53,8 @@ ROWS = {
     "cross-quantised loss": {"loss_form": "cross"},
     "usage weight 0.1": {"usage_weight": 0.1},
     "groups anew after 10 epochs": {"regroup": 10},
+    "groups at resolution 1 only": {"resolutions": (1.0,)},
+    "groups at resolution 0.5 only": {"resolutions": (0.5,)},
 }
 
 
@@ -126,12 +131,13 @@ def learn(model: TCQModel, train: FeatureCache, data: list, split, options: dict
     model.initialize(data[2], seed=seed)
     if options is not None:
         with tempfile.TemporaryDirectory() as folder:
-            given = {name: value for name, value in options.items() if name != "regroup"}
+            given = {name: value for name, value in options.items() if name not in ("regroup", "resolutions")}
             settings = {"seed": seed, "save_strategy": "no", "report_to": "none", "logging_strategy": "no"}
             trainer = TCQTrainer(model, TCQTrainingArguments(folder, disable_tqdm=True, **settings, **given), train)
             if "regroup" in options:
                 trainer.add_callback(PseudoLabelCallback(trainer, options["regroup"], options["regroup"]))
-            trainer.train()
+            with mock.patch.object(pseudo_labels, "_RESOLUTIONS", options.get("resolutions", RESOLUTIONS)):
+                trainer.train()
     model.eval()
     queries, database = vectors_of(model, data[0])[0], vectors_of(model, data[1])
     return score((queries, database[1]), split), neighbourhood_quality(database[0], seed)

@@ -1,6 +1,7 @@
 """The command line, run in-process on real files."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -109,6 +110,18 @@ def test_encode_to_numpy_is_the_same(workplace, tmp_path):
 def test_index_keeps_the_recipe(workplace):
     recipe = json.loads((workplace / "index.faiss.json").read_text())
     assert (recipe["count"], recipe["num_codebooks"], recipe["model"]) == (32, 4, str(workplace / "model"))
+
+
+def test_a_fast_index_is_built_and_searched(workplace, tmp_path, capsys):
+    made = ["--codes", str(workplace / "codes.parquet"), "--model", str(workplace / "model")]
+    assert main(["index", *made, "--output", str(tmp_path / "fast.faiss"), "--mode", "fast"]) == 0
+    assert re.search(r"^32 rows of 2 bytes in ", capsys.readouterr().out)
+    asked = ["search", "--dataset", str(workplace / "pictures"), "--model", str(workplace / "model"), "--row", "9"]
+    printed = []
+    for index in (tmp_path / "fast.faiss", workplace / "index.faiss"):
+        assert main([*asked, "--index", str(index)]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
 
 
 def test_search_agrees_whatever_the_codes_come_from(workplace, capsys):

@@ -13,7 +13,8 @@ import torch
 from datasets import Dataset, Features, List, Value
 
 from tcq_hf import TCQConfig, TCQModel, add_code_index, build_index, load_index, save_index, to_gpu
-from tcq_hf.index.faiss_index import add_codes, check_index_belongs, index_codebooks, read_recipe, zero_coarse_index
+from tcq_hf.index.faiss_index import check_index_belongs, index_codebooks, read_recipe
+from tcq_hf.index.gpu_index import zero_coarse_index
 from tcq_hf.model.quantization_tcq import ProductQuantizer
 
 # A score sums M inner products of unit vectors in float32: rounding is near M * 2^-24 a term, far below this.
@@ -136,7 +137,7 @@ def test_invariant_1_add_equals_add_codes(encoded):
     codes = quantizer.codes(quantizer.lookup_table(embeddings)).numpy()
     by_floats, by_codes = (build_index(quantizer.normalized_codebooks().numpy()) for _ in range(2))
     by_floats.add(embeddings.numpy())
-    add_codes(by_codes, codes)
+    by_codes.add_codes(codes)
     queries = quantizer.normalize(torch.randn(5, 128)).numpy()
     np.testing.assert_array_equal(by_row(*by_floats.search(queries, 500)), by_row(*by_codes.search(queries, 500)))
 
@@ -257,14 +258,15 @@ def test_a_stored_word_scores_m_for_itself(codebooks):
 def test_add_codes_appends_in_order(codebooks):
     codes = random_codes(90, codebooks)
     index = build_index(codebooks, codes[:30])
-    add_codes(index, codes[30:].astype(np.int64))
-    add_codes(index, codes[:0])
+    index.add_codes(codes[30:].astype(np.int64))
+    index.add_codes(codes[:0])
     assert index.ntotal == 90
     np.testing.assert_array_equal(stored_codes(index), codes)
 
 
 def test_blocks_of_codes_join_without_a_seam(codebooks, monkeypatch):
-    monkeypatch.setattr("tcq_hf.index.faiss_index._BLOCK_ROWS", 7)
+    monkeypatch.setattr("tcq_hf.index.code_index._BLOCK_ROWS", 7)
+    monkeypatch.setattr("tcq_hf.index.gpu_index._BLOCK_ROWS", 7)
     codes = random_codes(50, codebooks)
     index = build_index(codebooks, codes)
     np.testing.assert_array_equal(stored_codes(index), codes)
@@ -307,7 +309,7 @@ def test_float64_and_float16_queries_are_cast(filled, queries):
 def test_bad_codes_are_refused_before_anything_is_added(codebooks, spoil, error, match):
     index, codes = build_index(codebooks), spoil(random_codes(10, codebooks))
     with pytest.raises(error, match=match):
-        add_codes(index, codes)
+        index.add_codes(codes)
     assert index.ntotal == 0
 
 
@@ -377,7 +379,7 @@ def test_an_empty_index_answers_nothing(codebooks, queries):
 
 
 def test_codes_given_to_add_are_refused(codebooks):
-    with pytest.raises(TypeError, match="codes go through add_codes"):
+    with pytest.raises(TypeError, match=r"codes go through index\.add_codes"):
         build_index(codebooks).add(np.zeros((3, 32), np.uint8))
 
 
@@ -393,7 +395,7 @@ def test_a_saved_index_is_the_index(codebook_size, queries, tmp_path):
     for ours, theirs in zip(index.search(queries, 50), loaded.search(queries, 50), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     np.testing.assert_array_equal(index_codebooks(loaded), codebooks)
-    add_codes(loaded, random_codes(3, codebooks))
+    loaded.add_codes(random_codes(3, codebooks))
     assert loaded.ntotal == 203
 
 
