@@ -1,20 +1,30 @@
-"""`tcq-hf index`: a file of codes and a model in, a FAISS file out."""
+"""`tcq-hf index`: a file of codes and a model in, a FAISS file or a folder that grows out."""
 
 import argparse
 import time
+from pathlib import Path
 from typing import get_args
 
-from tcq_hf import build_index, save_index
+import numpy as np
+
+from tcq_hf import TCQModel, build_index, save_index
 from tcq_hf.index.faiss_index import Mode
+from tcq_hf.index.segments import SegmentedIndex
 
 from . import inputs
 
 _EXAMPLES = """\
   tcq-hf index --codes codes.parquet --model my-model --output index.faiss
   tcq-hf index --codes codes.parquet --model my-model --output index.faiss --mode fast
+  tcq-hf index --codes first.parquet --model my-model --output living/ --append
+  tcq-hf index --codes more.parquet --model my-model --output living/ --append
+  tcq-hf index --codes codes.parquet --model my-model --output shards/ --shards 8
 
 With --mode fast a 4-bit copy of the codes is scanned at the speed of memory, and what it finds gets its exact score:
 twice the bytes, about one in a hundred of the best rows missed.
+
+With --append the output is a folder, made if it is not there: the codes become a new segment of it, and nothing else is
+written. Their ids go on from the last. With --shards all that is in the folder is then split into so many equal parts.
 """
 
 
@@ -25,16 +35,46 @@ def add_parser(commands: inputs.Commands) -> None:
     parser.add_argument(
         "--model", required=True, metavar="NAME", help="the model that made the codes: folder or Hub name"
     )
-    parser.add_argument("--output", required=True, metavar="FILE", help="FAISS file to write, its recipe beside it")
+    parser.add_argument(
+        "--output", required=True, metavar="PATH", help="FAISS file to write, its recipe beside it; or the folder"
+    )
     parser.add_argument("--mode", choices=get_args(Mode), default="exact", help="how to search (default: exact)")
+    parser.add_argument("--append", action="store_true", help="add the codes to an index that lives in a folder")
+    parser.add_argument("--shards", type=int, metavar="N", help="split an index in a folder into N equal segments")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Build and save."""
+    """Build and save, or append."""
     model, _ = inputs.load_model(arguments.model)
     codes, _ = inputs.read_codes(arguments.codes, model)
+    if arguments.append or arguments.shards is not None:
+        _grow(arguments, model, codes)
+        return
     start = time.perf_counter()
     index = build_index(model, codes, mode=arguments.mode)
     seconds = time.perf_counter() - start
     save_index(index, arguments.output, model_id=arguments.model)
     print(f"{index.ntotal} rows of {model.config.code_bytes} bytes in {seconds:.3f} s -> {arguments.output}")
+
+
+def _grow(arguments: argparse.Namespace, model: TCQModel, codes: np.ndarray) -> None:
+    if arguments.mode != "exact":
+        raise ValueError("--mode fast is for one file; an index in a folder is searched exactly")
+    if arguments.shards is not None and arguments.shards < 1:
+        raise ValueError(f"--shards must be at least 1, got {arguments.shards}")
+    folder = Path(arguments.output)
+    if folder.is_file():
+        raise ValueError(f"--output {folder} is a file; --append and --shards write a folder")
+    if arguments.append and (folder / "index.json").exists():
+        index = SegmentedIndex.open(folder, model)
+    else:
+        index = SegmentedIndex.create(folder, model, model_id=arguments.model)
+    if arguments.shards is not None and arguments.shards > index.ntotal + len(codes):
+        raise ValueError(
+            f"--shards {arguments.shards} is more than the {index.ntotal + len(codes)} rows there would be"
+        )
+    ids = index.append(codes)
+    if arguments.shards is not None:
+        index.merge(arguments.shards)
+    first = f", ids from {ids[0]}" if len(ids) else ""
+    print(f"{len(codes)} rows{first}; {index.ntotal} in {len(index.segments)} segments -> {folder}")

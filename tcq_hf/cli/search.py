@@ -12,6 +12,7 @@ from tcq_hf import search as find
 from tcq_hf.evaluation.report import Cell, picture_grid, text_table
 from tcq_hf.index.dataset_index import attach_index
 from tcq_hf.index.decoding import raw_pictures
+from tcq_hf.index.segments import SegmentedIndex
 
 from . import inputs
 
@@ -33,7 +34,9 @@ def add_parser(commands: inputs.Commands) -> None:
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--codes", metavar="FILE", help="codes.parquet or codes.npy from tcq-hf encode")
-    source.add_argument("--index", metavar="FILE", help="FAISS file from tcq-hf index, one row for each picture")
+    source.add_argument(
+        "--index", metavar="PATH", help="FAISS file from tcq-hf index, one row for each picture; or its folder"
+    )
     query = parser.add_mutually_exclusive_group(required=True)
     query.add_argument("--query", nargs="+", metavar="FILE", help="pictures to search with")
     query.add_argument("--row", nargs="+", type=int, metavar="N", help="rows of the dataset to search with")
@@ -68,6 +71,13 @@ def _with_index(
     arguments: argparse.Namespace, dataset: Dataset, model: TCQModel, processor: TCQImageProcessor, column: str
 ) -> tuple[Dataset, np.ndarray]:
     """The dataset with its index, and the number that each of its rows has in `--dataset`."""
+    if arguments.index and Path(arguments.index).is_dir():
+        index, ids = SegmentedIndex.open(arguments.index, model).in_memory()
+        if len(ids) and ids.max() >= len(dataset):
+            raise ValueError(
+                f"--index has id {ids.max()}, but --dataset has {len(dataset)} rows: it is of another dataset"
+            )
+        return attach_index(dataset.select(ids), index, "codes"), ids
     if arguments.index:
         return attach_index(dataset, load_index(arguments.index, model), "codes"), np.arange(len(dataset))
     if arguments.codes:

@@ -28,6 +28,10 @@ class LearnedIndex:
     def _lock(self) -> SharedLock:
         return self.__dict__.setdefault("_shared_lock", SharedLock())
 
+    def codebooks(self) -> np.ndarray:
+        """The learned codebooks, float32 `[M, K, d]`, a copy."""
+        return codebooks_of(self)
+
     def train(self, x: Any, *args: Any, **kwargs: Any) -> None:
         """Always raises: training would overwrite the learned codebooks."""
         raise RuntimeError("this index holds learned codebooks; train() would overwrite them (leave train_size unset)")

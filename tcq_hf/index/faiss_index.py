@@ -41,6 +41,8 @@ def build_index(codebooks: Any, codes: Any = None, mode: Mode = "exact") -> Code
 
 def index_codebooks(index: Any) -> np.ndarray | None:
     """Codebooks inside an index, float32 `[M, K, d]`; None for an index without any, or on a GPU."""
+    if hasattr(index, "codebooks"):
+        return index.codebooks()
     index = faiss.downcast_index(index) if isinstance(index, faiss.Index) else index
     if isinstance(index, faiss.IndexRefine):
         index = faiss.downcast_index(index.refine_index)
@@ -52,7 +54,8 @@ def check_index_belongs(index: Any, codebooks: Any) -> None:
     expected, found = check_codebooks(codebooks), index_codebooks(index)
     if found is None and (hasattr(index, "getDevice") or isinstance(index, (faiss.IndexReplicas, faiss.IndexShards))):
         return
-    if found is None or index.metric_type != faiss.METRIC_INNER_PRODUCT:
+    metric = getattr(index, "metric_type", faiss.METRIC_INNER_PRODUCT)
+    if found is None or metric != faiss.METRIC_INNER_PRODUCT:
         raise ValueError(f"the index is a {type(index).__name__} without the model's codebooks; use build_index(model)")
     # Processors normalise codewords with other last bits.
     if found.shape != expected.shape or not np.abs(found - expected).max() <= 1e-5:
@@ -93,7 +96,7 @@ def save_index(index: faiss.Index, path: str | os.PathLike, model_id: str | None
     }
     # Both files are whole before either takes its place.
     with written_aside(path) as aside, written_aside(_recipe_path(path)) as recipe_aside:
-        _write_faiss(index, aside)
+        write_faiss(index, aside)
         recipe["file_bytes"] = aside.stat().st_size
         recipe_aside.write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
 
@@ -154,7 +157,8 @@ def read_recipe(path: str | os.PathLike) -> dict[str, Any] | None:
         raise ValueError(f"the recipe {file} is damaged; delete it to read the index without its checks") from error
 
 
-def _write_faiss(index: faiss.Index, path: Path) -> None:
+def write_faiss(index: faiss.Index, path: Path) -> None:
+    """Write an index as FAISS does, but raise OSError if anything of it fails."""
     # Through a file of Python: FAISS's own ignores what fails at closing, as on a full disk.
     with path.open("wb") as file:
         failed: list[OSError] = []

@@ -15,6 +15,7 @@ import torch
 from tcq_hf import TCQImageProcessor, TCQModel, add_code_index, encode_dataset, extract_features, hub, search
 from tcq_hf.cli import main
 from tcq_hf.cli.inputs import label_name, load_pictures
+from tcq_hf.index.segments import SegmentedIndex
 
 COMMANDS = ("demo", "train", "encode", "index", "search", "evaluate")
 
@@ -122,6 +123,48 @@ def test_a_fast_index_is_built_and_searched(workplace, tmp_path, capsys):
         assert main([*asked, "--index", str(index)]) == 0
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1]
+
+
+def test_a_folder_grows_and_is_searched(workplace, tmp_path, capsys):
+    codes, living = np.load(_npy(workplace, tmp_path)), tmp_path / "living"
+    made = ["index", "--model", str(workplace / "model"), "--output", str(living), "--append"]
+    for name, part in (("first", codes[:20]), ("more", codes[20:])):
+        np.save(tmp_path / f"{name}.npy", part)
+        assert main([*made, "--codes", str(tmp_path / f"{name}.npy")]) == 0
+    assert "12 rows, ids from 20; 32 in 2 segments" in capsys.readouterr().out
+    asked = ["search", "--dataset", str(workplace / "pictures"), "--model", str(workplace / "model"), "--row", "9"]
+    printed = []
+    for index in (living, workplace / "index.faiss"):
+        assert main([*asked, "--index", str(index)]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    SegmentedIndex.open(living).remove([0, 9])
+    assert main([*asked, "--index", str(living)]) == 1
+    assert "--row 9 is not among the 30 rows" in capsys.readouterr().err
+    assert main([*made, "--codes", str(tmp_path / "first.npy")]) == 0
+    assert main([*asked, "--index", str(living)]) == 1
+    assert "--index has id 51, but --dataset has 32 rows" in capsys.readouterr().err
+
+
+def test_shards_are_equal_segments(workplace, tmp_path, capsys):
+    made = ["index", "--model", str(workplace / "model"), "--codes", str(workplace / "codes.parquet")]
+    assert main([*made, "--output", str(tmp_path / "shards"), "--shards", "4"]) == 0
+    assert "32 rows, ids from 0; 32 in 4 segments" in capsys.readouterr().out
+    assert [segment.rows for segment in SegmentedIndex.open(tmp_path / "shards").segments] == [8] * 4
+    for extra, match in (
+        (["--output", str(tmp_path / "shards"), "--shards", "2"], "there is an index in"),
+        (["--output", str(tmp_path / "none"), "--shards", "33"], "--shards 33 is more than the 32 rows"),
+        (["--output", str(workplace / "index.faiss"), "--append"], "is a file; --append and --shards write a folder"),
+        (["--output", str(tmp_path / "shards"), "--append", "--mode", "fast"], "--mode fast is for one file"),
+    ):
+        assert main([*made, *extra]) == 1
+        assert match in capsys.readouterr().err
+
+
+def _npy(workplace, folder):
+    table = datasets.load_dataset("parquet", data_files=str(workplace / "codes.parquet"), split="train")
+    np.save(folder / "all.npy", np.array(table["codes"][:], dtype=np.uint8))
+    return folder / "all.npy"
 
 
 def test_search_agrees_whatever_the_codes_come_from(workplace, capsys):
