@@ -1,11 +1,12 @@
 """`tcq-hf search`: a picture in, a table of the most similar rows out, and a picture grid if asked."""
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 
 from tcq_hf import TCQImageProcessor, TCQModel, add_code_index, build_index, encode_dataset, load_index
 from tcq_hf import search as find
@@ -20,6 +21,7 @@ _EXAMPLES = """\
   tcq-hf search --dataset pictures/ --model my-model --query cat.jpg
   tcq-hf search --dataset pictures/ --model my-model --codes codes.parquet --query cat.jpg dog.jpg --grid found.png
   tcq-hf search --dataset pictures/ --model my-model --index index.faiss --row 17 --k 20
+  tcq-hf search --dataset pictures/ --model my-model --query cat.jpg --filter label=dress --filter label=hat
 
 Without --codes and --index the pictures are encoded first; the codes are kept in the datasets cache.
 """
@@ -41,6 +43,13 @@ def add_parser(commands: inputs.Commands) -> None:
     query.add_argument("--query", nargs="+", metavar="FILE", help="pictures to search with")
     query.add_argument("--row", nargs="+", type=int, metavar="N", help="rows of the dataset to search with")
     parser.add_argument("--k", type=int, default=10, metavar="N", help="neighbours (default: 10)")
+    parser.add_argument(
+        "--filter",
+        action="append",
+        default=[],
+        metavar="COLUMN=VALUE",
+        help="search only rows with this value; repeat it for more values of a column, or for more columns",
+    )
     parser.add_argument("--grid", metavar="PNG", help="draw queries and neighbours into this file")
     inputs.add_encoding_arguments(parser)
 
@@ -51,11 +60,12 @@ def run(arguments: argparse.Namespace) -> None:
     dataset = inputs.load_pictures(arguments.dataset, arguments.split)
     column, label = inputs.image_column(dataset, arguments.image_column), inputs.label_column(dataset)
     pictures = raw_pictures(dataset, column)
+    filters = _filters(arguments.filter, dataset)
     dataset, numbers = _with_index(arguments, dataset, model, processor, column)
     grid = []
     for query in arguments.query or arguments.row:
         asked = query if isinstance(query, str) else _position(query, numbers)
-        found = find(dataset, asked, model, processor, k=arguments.k, image_column=column)
+        found = find(dataset, asked, model, processor, k=arguments.k, image_column=column, filters=filters)
         print(f"{'' if isinstance(query, str) else 'row '}{query}")
         paths = _paths(pictures, [int(numbers[row["row"]]) for row in found])
         print(text_table(_lines(found, numbers, _names(dataset, label), label, paths)), "\n")
@@ -97,6 +107,24 @@ def _with_index(
     encoded = encode_dataset(numbered, model, processor, image_column=column, **options)
     numbers = np.asarray(encoded.with_format("numpy")["row"][:])
     return add_code_index(encoded.remove_columns("row"), "codes", model), numbers
+
+
+def _filters(given: list[str], dataset: Dataset) -> dict[str, list[Any]]:
+    """Values by column, of the type that the column has."""
+    filters: dict[str, list[Any]] = {}
+    for each in given:
+        column, equals, value = each.partition("=")
+        if not equals:
+            raise ValueError(f"--filter must be COLUMN=VALUE, got {each!r}")
+        feature = dataset.features.get(column)
+        number = not isinstance(feature, ClassLabel) or value not in feature.names
+        kind = getattr(feature, "dtype", "string")
+        try:
+            read = json.loads(value) if number and not kind.endswith("string") else value
+        except ValueError:
+            read = value
+        filters.setdefault(column, []).append(read)
+    return filters
 
 
 def _position(number: int, numbers: np.ndarray) -> int:

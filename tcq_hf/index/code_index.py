@@ -147,6 +147,14 @@ def codebooks_of(index: faiss.IndexPQ | faiss.IndexRefine) -> np.ndarray:
     return faiss.vector_to_array(quantizer.centroids).reshape(quantizer.M, quantizer.ksub, quantizer.dsub)
 
 
+def select_rows(index: faiss.IndexPQ | faiss.IndexRefine, rows: np.ndarray) -> CodeIndex:
+    """An exact index of some rows, int64 `[n]`, of an index: what a filter leaves to be searched."""
+    member = faiss.downcast_index(index.refine_index) if isinstance(index, faiss.IndexRefine) else index
+    chosen = CodeIndex.of(codebooks_of(index))
+    chosen.add_sa_codes(np.ascontiguousarray(packed_codes(member)[rows]))
+    return chosen
+
+
 def packed_codes(index: faiss.IndexPQ) -> np.ndarray:
     """The stored bytes of an index, uint8 `[ntotal, code_size]`: a view that the next change of the index ends."""
     if not index.ntotal:

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import PIL.Image
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
-from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from datasets import ClassLabel, Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
+from .code_index import faiss, select_rows
 from .encoding import encode_pictures
 from .faiss_index import Mode, build_index, check_index_belongs
 
@@ -87,6 +89,7 @@ def search(
     k: int = 10,
     index_name: str | None = None,
     image_column: str = "image",
+    filters: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """The k rows whose pictures are most similar to a query.
 
@@ -101,6 +104,8 @@ def search(
         k: Number of rows.
         index_name: Which index, where several are attached.
         image_column: Column of the pictures.
+        filters: Search only rows that have this value, or one of these, in a column: `{"label": ["dress", "hat"]}`. The
+            names of a `ClassLabel` are understood; with several columns all must fit.
 
     Returns:
         Rows, best first, each with `row` (its number), `score` (inner product with the stored code, larger is closer,
@@ -118,7 +123,10 @@ def search(
     if clash:
         raise ValueError(f"the dataset has a column {sorted(clash)[0]!r}, which search() adds; rename it")
     embedding = _embedding(dataset, query, model, processor, image_column)
-    scores, rows = dataset.search(index_name, embedding, k=k)
+    if filters:
+        scores, rows = _search_some(index, matching_rows(dataset, filters), embedding, k)
+    else:
+        scores, rows = dataset.search(index_name, embedding, k=k)
     found = [(int(row), float(score)) for row, score in zip(rows, scores, strict=True) if row >= 0]
     with dataset.formatted_as(None):
         table = dataset[[row for row, _ in found]]
@@ -127,6 +135,50 @@ def search(
         | {"row": row, "score": score, "similarity": score / model.config.num_codebooks}
         for i, (row, score) in enumerate(found)
     ]
+
+
+def matching_rows(dataset: Dataset, filters: Mapping[str, Any]) -> np.ndarray:
+    """Numbers of the rows that have one of the given values in each of the given columns, int64 `[n]`, ascending.
+
+    Raises:
+        ValueError: If there is no such column, no such class, or a value is not of the column's type.
+    """
+    matches = np.ones(len(dataset), dtype=bool)
+    for column, wanted in filters.items():
+        if column not in dataset.column_names:
+            raise ValueError(
+                f"the dataset has no column {column!r} to filter by; its columns are {dataset.column_names}"
+            )
+        feature = dataset.features[column]
+        values = wanted if isinstance(wanted, (list, tuple, set, np.ndarray)) else [wanted]
+        values = [_class_number(feature, column, value) for value in values]
+        stored = dataset.select_columns([column]).with_format("arrow")[:].column(0)
+        try:
+            fits = pc.is_in(stored, value_set=pa.array(values).cast(stored.type))
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
+            raise ValueError(f"column {column!r} holds {stored.type} and cannot be filtered by {wanted!r}") from error
+        matches &= fits.to_numpy()
+    return np.flatnonzero(matches)
+
+
+def _class_number(feature: Any, column: str, value: Any) -> Any:
+    """Number of a class that is given by its name; any other value as it is."""
+    if not isinstance(feature, ClassLabel) or not isinstance(value, str):
+        return value
+    if value in feature.names:
+        return feature.str2int(value)
+    raise ValueError(f"column {column!r} has no class {value!r}; its classes are {', '.join(feature.names)}")
+
+
+def _search_some(index: Any, rows: np.ndarray, embedding: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and numbers of the k best of some rows, by their exact codes."""
+    if k > len(rows):
+        raise ValueError(f"k={k}, but only {len(rows)} rows fit the filter")
+    member = faiss.downcast_index(index) if type(index) is faiss.Index else index
+    if not isinstance(member, (faiss.IndexPQ, faiss.IndexRefine)):
+        raise ValueError(f"a {type(member).__name__} cannot be filtered; attach an index from build_index")
+    scores, found = select_rows(member, rows).search(embedding[None], k)
+    return scores[0], rows[found[0]]
 
 
 def _index_name(dataset: Dataset, index_name: str | None) -> str:

@@ -125,6 +125,19 @@ def test_a_fast_index_is_built_and_searched(workplace, tmp_path, capsys):
     assert printed[0] == printed[1]
 
 
+def test_search_is_filtered_by_a_column(workplace, capsys):
+    asked = ["search", "--dataset", str(workplace / "pictures"), "--model", str(workplace / "model"), "--row", "1"]
+    asked += ["--index", str(workplace / "index.faiss"), "--k", "5"]
+    assert main([*asked, "--filter", "label=odd"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()[:1].isdigit()]
+    assert len(lines) == 5
+    assert all(" odd " in line for line in lines)
+    assert main([*asked, "--filter", "label=odd", "--filter", "label=even"]) == 0
+    for given, match in (("label=green", "no class 'green'"), ("tone=1", "no column 'tone'"), ("odd", "COLUMN=VALUE")):
+        assert main([*asked, "--filter", given]) == 1
+        assert match in capsys.readouterr().err
+
+
 def test_a_folder_grows_and_is_searched(workplace, tmp_path, capsys):
     codes, living = np.load(_npy(workplace, tmp_path)), tmp_path / "living"
     made = ["index", "--model", str(workplace / "model"), "--output", str(living), "--append"]

@@ -7,9 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from datasets import Dataset, Features, List, Value
+from datasets import ClassLabel, Dataset, Features, List, Value
 
-from tcq_hf import add_code_index, build_index, codes_array, encode_dataset, search
+from tcq_hf import add_code_index, build_index, codes_array, encode_dataset, save_index, search
+from tcq_hf.index.dataset_index import matching_rows
 from tcq_hf.index.dataset_index import search as search_module_function
 from tcq_hf.index.encoding import encode_pictures
 
@@ -372,3 +373,70 @@ def encoded_flat(dataset, model, processor):
     encoded = encode_dataset(dataset, model, processor, embeddings=True)
     encoded.add_faiss_index("embedding")
     return encoded
+
+
+# --- Filters ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def labelled(encoded, model):
+    count = len(encoded)
+    names = ClassLabel(names=["cat", "dog", "fox"])
+    encoded = encoded.remove_columns([name for name in ("label", "tone", "size") if name in encoded.column_names])
+    encoded = encoded.add_column("label", np.arange(count) % 3).cast_column("label", names)
+    encoded = encoded.add_column("size", [None, *range(1, count)]).add_column("tone", ["dark", "light"] * (count // 2))
+    return add_code_index(encoded, "codes", model)
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+@pytest.mark.parametrize(
+    ("filters", "fits"),
+    [
+        ({"label": "dog"}, lambda row: row % 3 == 1),
+        ({"label": 1}, lambda row: row % 3 == 1),
+        ({"label": ["dog", "fox"]}, lambda row: row % 3 > 0),
+        ({"tone": "dark"}, lambda row: row % 2 == 0),
+        ({"label": "cat", "tone": "light"}, lambda row: row % 6 == 3),
+        ({"size": [5, 7, 11]}, lambda row: row in (5, 7, 11)),
+    ],
+)
+def test_only_rows_that_fit_are_searched(labelled, model, mode, filters, fits):
+    dataset = add_code_index(labelled, "codes", model, "other", mode)
+    rows = [row for row in range(len(dataset)) if fits(row)]
+    query = np.float32(dataset[2]["embedding"])
+    found = search(dataset, query, model, k=len(rows), index_name="other", filters=filters)
+    everything = search(dataset, query, model, k=len(dataset), index_name="codes")
+    assert_same(
+        sorted(pairs(found), key=lambda pair: pair[0]),
+        sorted((pair for pair in pairs(everything) if pair[0] in rows), key=lambda pair: pair[0]),
+    )
+    scores = [row["score"] for row in found]
+    assert scores == sorted(scores, reverse=True)
+    np.testing.assert_array_equal(matching_rows(dataset, filters), rows)
+
+
+def test_what_datasets_read_back_is_filtered_too(labelled, model, tmp_path):
+    for mode in ("exact", "fast"):
+        save_index(build_index(model, codes_array(labelled), mode), tmp_path / f"{mode}.faiss")
+        labelled.load_faiss_index(mode, tmp_path / f"{mode}.faiss")
+        found = search(
+            labelled, np.float32(labelled[2]["embedding"]), model, k=5, index_name=mode, filters={"label": 2}
+        )
+        assert found[0]["row"] == 2
+        assert {row["label"] for row in found} == {2}
+
+
+@pytest.mark.parametrize(
+    ("filters", "match"),
+    [
+        ({"colour": "red"}, "no column 'colour' to filter by; the columns are"),
+        ({"label": "cow"}, "no class 'cow'; its classes are cat, dog, fox"),
+        ({"size": "large"}, "'size' holds int64 and cannot be filtered by 'large'"),
+        ({"image": "x"}, "'image' holds .* and cannot be filtered"),
+        ({"label": "cat", "tone": "grey"}, "k=3, but only 0 rows fit the filter"),
+        ({"size": [1, 2]}, "k=3, but only 2 rows fit the filter"),
+    ],
+)
+def test_a_filter_that_cannot_be_is_refused(labelled, model, filters, match):
+    with pytest.raises(ValueError, match=match):
+        search(labelled, np.float32(labelled[0]["embedding"]), model, k=3, filters=filters)
