@@ -1,11 +1,8 @@
 """SegmentedIndex: an index that lives in a folder and changes there, a segment at a time."""
 
-import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,43 +10,21 @@ import numpy as np
 from filelock import FileLock
 
 from .code_index import CodeIndex, check_codebooks, check_codes, check_vectors
-from .faiss_index import Mode, build_index, load_index, save_index, write_faiss
+from .faiss_index import Mode, build_index, save_index
 from .fast_index import FastIndex
-from .writing import written_aside
-
-_MANIFEST, _LOCK, _FORMAT = "index.json", ".lock", 1
-
-
-@dataclass(frozen=True)
-class Segment:
-    """What the manifest says of one segment.
-
-    Args:
-        file: Name of its FAISS file, a plain `IndexPQ`.
-        rows: Number of its rows.
-        bytes: Size of the file.
-        sha256: Sum of the file.
-        first: The ids are `first`, `first + 1`, ...; None where they stand in `ids`.
-        ids: Name of a NumPy file of the ids, int64 `[rows]`.
-        ids_sha256: Sum of that file.
-    """
-
-    file: str
-    rows: int
-    bytes: int
-    sha256: str
-    first: int | None = None
-    ids: str | None = None
-    ids_sha256: str | None = None
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A segment that is open: its codes mapped, its ids int64 `[rows]`."""
-
-    segment: Segment
-    index: CodeIndex
-    ids: np.ndarray
+from .segment_files import (
+    FORMAT,
+    LOCK,
+    MANIFEST,
+    Part,
+    Segment,
+    locked,
+    open_segment,
+    read_manifest,
+    read_segment,
+    write_manifest,
+    write_segment,
+)
 
 
 class SegmentedIndex:
@@ -62,7 +37,7 @@ class SegmentedIndex:
     Use `create` or `open`.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], parts: Iterable[_Part], codebooks: np.ndarray) -> None:
+    def __init__(self, folder: Path, manifest: dict[str, Any], parts: Iterable[Part], codebooks: np.ndarray) -> None:
         self.folder, self._manifest, self._parts, self._codebooks = folder, manifest, tuple(parts), codebooks
 
     @classmethod
@@ -80,15 +55,15 @@ class SegmentedIndex:
         folder, codebooks = Path(folder), check_codebooks(codebooks)
         folder.mkdir(parents=True, exist_ok=True)
         shape = dict(zip(("num_codebooks", "codebook_size", "sub_dim"), codebooks.shape, strict=True))
-        manifest = {"format": _FORMAT, "model": model_id, "metric": "inner_product", **shape, "changes": 0}
+        manifest = {"format": FORMAT, "model": model_id, "metric": "inner_product", **shape, "changes": 0}
         manifest |= {"next_id": 0, "next_segment": 0, "segments": []}
-        with FileLock(folder / _LOCK):
-            if (folder / _MANIFEST).exists():
+        with FileLock(folder / LOCK):
+            if (folder / MANIFEST).exists():
                 raise FileExistsError(f"there is an index in {folder}; use SegmentedIndex.open")
             # An empty index holds the codebooks.
-            empty = _write(folder, "codebooks.faiss", CodeIndex.of(codebooks))
+            empty = write_segment(folder, "codebooks.faiss", CodeIndex.of(codebooks))
             manifest["codebooks"] = {"file": empty.file, "bytes": empty.bytes, "sha256": empty.sha256}
-            _write_manifest(folder, manifest)
+            write_manifest(folder, manifest)
         return cls(folder, manifest, (), codebooks)
 
     @classmethod
@@ -105,11 +80,11 @@ class SegmentedIndex:
             ValueError: If a file is not what `index.json` says, or belongs to another model.
         """
         folder = Path(folder)
-        with _locked(folder):
-            manifest = _read_manifest(folder)
-            own = _load(folder, Segment(rows=0, **manifest["codebooks"]), codebooks, verify)
+        with locked(folder):
+            manifest = read_manifest(folder)
+            own = read_segment(folder, Segment(rows=0, **manifest["codebooks"]), codebooks, verify)
             found = check_codebooks(own)
-            parts = [_opened(folder, Segment(**entry), found, verify) for entry in manifest["segments"]]
+            parts = [open_segment(folder, Segment(**entry), found, verify) for entry in manifest["segments"]]
         return cls(folder, manifest, parts, found)
 
     def __len__(self) -> int:
@@ -245,126 +220,34 @@ class SegmentedIndex:
     @contextmanager
     def _changing(self) -> Iterator[dict[str, Any]]:
         """Hold the folder, with what other processes have done to it, and a manifest to fill."""
-        with FileLock(self.folder / _LOCK):
-            manifest = _read_manifest(self.folder)
+        with FileLock(self.folder / LOCK):
+            manifest = read_manifest(self.folder)
             if manifest["changes"] != self._manifest["changes"]:
                 fresh = [Segment(**entry) for entry in manifest["segments"]]
                 known = {part.segment: part for part in self._parts}
-                self._parts = tuple(known.get(s) or _opened(self.folder, s, self._codebooks, False) for s in fresh)
+                self._parts = tuple(known.get(s) or open_segment(self.folder, s, self._codebooks, False) for s in fresh)
                 self._manifest = manifest
             yield dict(manifest)
 
-    def _new(self, manifest: dict[str, Any], codes: np.ndarray, ids: np.ndarray) -> _Part:
+    def _new(self, manifest: dict[str, Any], codes: np.ndarray, ids: np.ndarray) -> Part:
         """Write a segment that no manifest names yet."""
-        number, first = manifest["next_segment"], int(ids[0])
+        number = manifest["next_segment"]
         manifest["next_segment"] = number + 1
         manifest["next_id"] = max(manifest["next_id"], int(ids.max()) + 1)
         index = CodeIndex.of(self._codebooks)
         index.add_codes(codes)
-        segment = _write(self.folder, f"segment-{number:05}.faiss", index)
-        if np.array_equal(ids, np.arange(first, first + len(ids))):
-            segment = Segment(**asdict(segment) | {"first": first})
-        else:
-            name = f"segment-{number:05}.ids.npy"
-            with written_aside(self.folder / name) as aside, aside.open("wb") as file:
-                np.save(file, ids)
-            segment = Segment(**asdict(segment) | {"ids": name, "ids_sha256": _digest(self.folder / name)})
-        return _opened(self.folder, segment, self._codebooks, False)
+        segment = write_segment(self.folder, f"segment-{number:05}.faiss", index, ids)
+        return open_segment(self.folder, segment, self._codebooks, False)
 
-    def _replace(self, manifest: dict[str, Any], parts: list[_Part]) -> None:
+    def _replace(self, manifest: dict[str, Any], parts: list[Part]) -> None:
         """Let the manifest name these segments, then delete those that none names any more."""
-        manifest |= {"changes": manifest["changes"] + 1, "segments": [asdict(part.segment) for part in parts]}
-        _write_manifest(self.folder, manifest)
+        manifest |= {"changes": manifest["changes"] + 1, "segments": [vars(part.segment) for part in parts]}
+        write_manifest(self.folder, manifest)
         gone = {part.segment for part in self._parts} - {part.segment for part in parts}
         self._manifest, self._parts = manifest, tuple(parts)
         for segment in gone:
             for name in filter(None, (segment.file, segment.ids)):
                 (self.folder / name).unlink(missing_ok=True)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder while its files are opened; where nothing can be written, nothing changes either."""
-    if not (folder / _MANIFEST).exists():
-        raise FileNotFoundError(f"no index in {folder}: {_MANIFEST} is missing")
-    if os.access(folder, os.W_OK):
-        with FileLock(folder / _LOCK):
-            yield
-    else:
-        yield
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] != _FORMAT:
-            raise ValueError(f"format {manifest['format']}, this package reads {_FORMAT}")
-        for name in ("changes", "next_id", "next_segment"):
-            int(manifest[name])
-        entries = [Segment(**entry) for entry in manifest["segments"]]
-        if any(Path(name).name != name for e in entries for name in (e.file, e.ids) if name):
-            raise ValueError("a segment lies outside the folder")
-        Segment(rows=0, **manifest["codebooks"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / _MANIFEST} is damaged: {error!r}") from error
-    return manifest
-
-
-def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    with written_aside(folder / _MANIFEST) as aside:
-        aside.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-
-
-def _write(folder: Path, name: str, index: CodeIndex) -> Segment:
-    with written_aside(folder / name) as aside:
-        write_faiss(index, aside)
-    return Segment(name, index.ntotal, (folder / name).stat().st_size, _digest(folder / name))
-
-
-def _load(folder: Path, segment: Segment, codebooks: Any, verify: bool) -> CodeIndex:
-    """One FAISS file, mapped, held against the manifest."""
-    path = folder / segment.file
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing, which {folder / _MANIFEST} names")
-    if path.stat().st_size != segment.bytes:
-        raise ValueError(
-            f"{path} has {path.stat().st_size} bytes, {_MANIFEST} says {segment.bytes}: it is truncated or was replaced"
-        )
-    _verify(path, segment.sha256 if verify else None)
-    index = load_index(path, codebooks, mmap=True)
-    if index.ntotal != segment.rows:
-        raise ValueError(f"{path} has {index.ntotal} rows, {_MANIFEST} says {segment.rows}: it was replaced")
-    return index
-
-
-def _opened(folder: Path, segment: Segment, codebooks: np.ndarray, verify: bool) -> _Part:
-    index = _load(folder, segment, codebooks, verify)
-    if segment.ids is None:
-        return _Part(segment, index, np.arange(segment.first, segment.first + segment.rows))
-    path = folder / segment.ids
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing, which {folder / _MANIFEST} names")
-    _verify(path, segment.ids_sha256 if verify else None)
-    try:
-        ids = np.load(path, mmap_mode="r")
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is truncated or no NumPy file: {error}") from error
-    if ids.dtype != np.int64 or ids.shape != (segment.rows,):
-        raise ValueError(f"{path} has {ids.dtype} {list(ids.shape)}, {_MANIFEST} says {segment.rows} ids: replaced")
-    return _Part(segment, index, ids)
-
-
-def _verify(path: Path, expected: str | None) -> None:
-    if expected is not None and _digest(path) != expected:
-        raise ValueError(f"{path} has another sum than {_MANIFEST} says: it was changed or replaced")
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _joined(arrays: list[np.ndarray], empty: np.ndarray) -> np.ndarray:

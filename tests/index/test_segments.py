@@ -13,7 +13,7 @@ from datasets import Dataset
 from numpy.testing import assert_array_equal
 
 from tcq_hf import build_index, load_index
-from tcq_hf.index import segments
+from tcq_hf.index import segment_files, segments
 from tcq_hf.index.faiss_index import check_index_belongs
 from tcq_hf.index.segments import SegmentedIndex
 
@@ -262,7 +262,7 @@ def test_a_change_that_dies_leaves_the_index_as_it_was(filled, folder, change, m
     def die(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(segments, "_write_manifest", die)
+    monkeypatch.setattr(segments, "write_manifest", die)
     changes = {"append": lambda: filled.append(CODES[:9]), "remove": lambda: filled.remove([1]), "merge": filled.merge}
     with pytest.raises(OSError, match="no space"):
         changes[change]()
@@ -354,5 +354,5 @@ def test_bad_input_changes_nothing(filled, folder, call, error, match):
 
 def test_a_read_only_folder_is_opened(filled, folder, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)
-    monkeypatch.setattr(segments, "FileLock", None)
+    monkeypatch.setattr(segment_files, "FileLock", None)
     is_the_index(SegmentedIndex.open(folder), CODES, np.arange(1000))
