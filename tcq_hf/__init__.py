@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .index.dataset_index import add_code_index, codes_array, search
     from .index.encoding import encode_dataset, extract_features
     from .index.faiss_index import build_index, load_index, save_index
-    from .index.gpu_index import to_gpu
+    from .index.gpu_index import from_gpu, to_gpu
     from .training.arguments import TCQTrainingArguments
     from .training.feature_cache import FeatureCache
     from .training.trainer import TCQTrainer
@@ -41,6 +41,7 @@ _LAZY = {
     "build_index": "index.faiss_index",
     "load_index": "index.faiss_index",
     "save_index": "index.faiss_index",
+    "from_gpu": "index.gpu_index",
     "to_gpu": "index.gpu_index",
     "add_code_index": "index.dataset_index",
     "codes_array": "index.dataset_index",

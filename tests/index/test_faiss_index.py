@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets import Dataset, Features, List, Value
 
-from tcq_hf import TCQConfig, TCQModel, add_code_index, build_index, load_index, save_index, to_gpu
+from tcq_hf import TCQConfig, TCQModel, add_code_index, build_index, load_index, save_index
 from tcq_hf.index.faiss_index import check_index_belongs, index_codebooks, read_recipe
 from tcq_hf.index.gpu_index import zero_coarse_index
 from tcq_hf.model.quantization_tcq import ProductQuantizer
@@ -266,13 +266,9 @@ def test_add_codes_appends_in_order(codebooks):
 
 def test_blocks_of_codes_join_without_a_seam(codebooks, monkeypatch):
     monkeypatch.setattr("tcq_hf.index.code_index._BLOCK_ROWS", 7)
-    monkeypatch.setattr("tcq_hf.index.gpu_index._BLOCK_ROWS", 7)
     codes = random_codes(50, codebooks)
     index = build_index(codebooks, codes)
     np.testing.assert_array_equal(stored_codes(index), codes)
-    queries = random_embeddings(3, codebooks)
-    moved = by_row(*zero_coarse_index(index, 3).search(queries, 50))
-    assert np.abs(moved - by_row(*index.search(queries, 50))).max() <= SCORE_TOLERANCE
 
 
 def test_codes_may_be_a_list_a_tensor_or_strided(codebooks):
@@ -589,57 +585,6 @@ def test_a_full_disk_keeps_the_earlier_files_and_leaves_no_other(full_disks, cas
     path, before, _ = full_disks[case]
     assert {found.name: found.read_bytes() for found in path.parent.iterdir()} == before
     assert load_index(path).ntotal == 9
-
-
-# --- GPU form --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("num_lists", [1, 16, 128])
-@pytest.mark.parametrize("codebook_size", [16, 256])
-def test_zero_coarse_scores_are_those_of_the_flat_index(num_lists, codebook_size):
-    codebooks = random_codebooks(4, codebook_size)
-    index = build_index(codebooks, random_codes(1000, codebooks))
-    queries = random_embeddings(5, codebooks, seed=3)
-    moved = zero_coarse_index(index, num_lists)
-    assert np.abs(by_row(*moved.search(queries, 1000)) - by_row(*index.search(queries, 1000))).max() <= SCORE_TOLERANCE
-    scores, ids = moved.search(queries, 10)
-    assert np.abs(scores - index.search(queries, 10)[0]).max() <= SCORE_TOLERANCE
-    assert ((ids >= 0) & (ids < 1000)).all()
-    sizes = [moved.invlists.list_size(number) for number in range(num_lists)]
-    assert sum(sizes) == 1000
-    assert max(sizes) - min(sizes) <= 1
-
-
-def test_zero_coarse_survives_its_source(codebooks, queries):
-    index = build_index(codebooks, random_codes(100, codebooks))
-    expected, moved = by_row(*index.search(queries, 100)), zero_coarse_index(index, 4)
-    del index
-    assert np.abs(by_row(*moved.search(queries, 100)) - expected).max() <= SCORE_TOLERANCE
-
-
-def test_zero_coarse_of_an_empty_index_is_empty(codebooks):
-    assert zero_coarse_index(build_index(codebooks), 4).ntotal == 0
-
-
-@pytest.mark.skipif(hasattr(faiss, "StandardGpuResources"), reason="this FAISS supports GPUs")
-def test_to_gpu_without_gpu_faiss_names_the_extra():
-    with pytest.raises(RuntimeError, match=r"tcq_hf\[gpu\]"):
-        to_gpu(build_index(random_codebooks(4, 256)))
-
-
-@pytest.mark.parametrize(
-    ("num_codebooks", "codebook_size", "num_lists", "match"),
-    [
-        (5, 256, 128, "takes num_codebooks in .*, got 5"),
-        (56, 256, 128, "takes num_codebooks in .*, got 56"),
-        (4, 16, 128, "codebook_size=256 only, got 16"),
-        (4, 256, 0, "num_lists must be from 1 to 2048, got 0"),
-        (4, 256, 2049, "got 2049"),
-    ],
-)
-def test_to_gpu_refuses_what_the_kernels_refuse(num_codebooks, codebook_size, num_lists, match):
-    with pytest.raises(ValueError, match=match):
-        to_gpu(build_index(random_codebooks(num_codebooks, codebook_size, 2)), num_lists=num_lists)
 
 
 def test_codebooks_belong_but_for_their_last_bits(codebooks):
