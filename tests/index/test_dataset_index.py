@@ -429,7 +429,7 @@ def test_what_datasets_read_back_is_filtered_too(labelled, model, tmp_path):
 @pytest.mark.parametrize(
     ("filters", "match"),
     [
-        ({"colour": "red"}, "no column 'colour' to filter by; the columns are"),
+        ({"colour": "red"}, "no column 'colour' to filter by; its columns are"),
         ({"label": "cow"}, "no class 'cow'; its classes are cat, dog, fox"),
         ({"size": "large"}, "'size' holds int64 and cannot be filtered by 'large'"),
         ({"image": "x"}, "'image' holds .* and cannot be filtered"),
