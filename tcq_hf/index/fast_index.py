@@ -26,7 +26,7 @@ _RANK, _SAMPLE_ROWS, _SAMPLE_QUERIES, _OVERLAP, _MARGIN, _DEEPEST = 100, 1 << 20
 class FastIndex(LearnedIndex, faiss.IndexRefine):
     """4-bit codes that FAISS scans at the speed of memory, and the exact codes that score what the scan finds.
 
-    Scores are those of `CodeIndex`; about one in a hundred of the k best rows is missed. For K <= 16 the scan reads
+    Scores are those of `CodeIndex`; one or two in a hundred of the k best rows is missed. For K <= 16 the scan reads
     the codes themselves, for larger K the sums of two words that come near the codewords (`shadow.py`). How many
     candidates are scored is measured on the rows: `k_factor` times the larger of k and 100. `faiss.write_index` stores
     a plain `IndexRefine`, which takes `k_factor` times k.
