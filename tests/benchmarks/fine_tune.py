@@ -114,10 +114,14 @@ def row(way: str, model: TCQModel, processor: TCQImageProcessor, split) -> dict:
     database = encoded.select(split.database).flatten_indices()
     database.add_faiss_index("embedding", custom_index=build_index(loaded))
     stored = faiss.vector_to_array(database.get_index("embedding").faiss_index.codes).reshape(len(database), -1)
-    if (stored != codes_array(database)).mean() > 1e-4:  # but for ties
-        raise RuntimeError("the index of the dataset does not hold the codes of the model")
+    codes = codes_array(database)
     with torch.inference_mode():
-        restored = loaded.quantizer.reconstruct(torch.from_numpy(codes_array(database))).numpy()
+        table = loaded.quantizer.lookup_table(torch.from_numpy(embeddings[split.database])).numpy()
+        restored = loaded.quantizer.reconstruct(torch.from_numpy(codes)).numpy()
+    scores = [np.take_along_axis(table, each[..., None].astype(np.int64), axis=2) for each in (stored, codes)]
+    # Invariant 1: one code in 10,000, and that a tie. Each inner product sums sub_dim terms, rounded at 2^-24.
+    if (stored != codes).mean() > 1e-4 or np.abs(scores[0] - scores[1]).max() > loaded.config.sub_dim * 2**-24:
+        raise RuntimeError("the index of the dataset does not hold the codes of the model")
     return baseline_row(way, (embeddings[split.queries], restored), split)
 
 
