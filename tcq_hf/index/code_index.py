@@ -40,14 +40,19 @@ class LearnedIndex:
         """Move all rows of another index of the same codebooks behind the rows of this one.
 
         Raises:
-            ValueError: If its codebooks are others, or `add_id` is not 0: rows are numbered by their place.
+            ValueError: If its codebooks are others, one of the two is memory-mapped, or `add_id` is not 0: rows are
+                numbered by their place.
         """
         if add_id:
             raise ValueError(f"add_id must be 0, got {add_id}: rows are numbered by their place")
         if other is self or not np.array_equal(codebooks_of(self), codebooks_of(other)):
             raise ValueError("only the rows of another index with the same codebooks can be moved")
+        other._refuse_if_mapped()
         self.add_codes(other.codes_array())
         other.reset()
+
+    def _refuse_if_mapped(self) -> None:
+        """Raise ValueError if the rows cannot be changed."""
 
     def _check_k(self, k: int) -> None:
         if k < 1:

@@ -71,10 +71,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise ValueError(f"format {manifest['format']}, this package reads {FORMAT}")
         for name in ("changes", "next_id", "next_segment"):
             int(manifest[name])
-        entries = [Segment(**entry) for entry in manifest["segments"]]
+        entries = [Segment(**entry) for entry in manifest["segments"]] + [Segment(rows=0, **manifest["codebooks"])]
         if any(Path(name).name != name for e in entries for name in (e.file, e.ids) if name):
-            raise ValueError("a segment lies outside the folder")
-        Segment(rows=0, **manifest["codebooks"])
+            raise ValueError("a file lies outside the folder")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / MANIFEST} is damaged: {error!r}") from error
     return manifest

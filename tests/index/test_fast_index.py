@@ -404,6 +404,11 @@ def test_a_mapped_index_answers_and_refuses_to_change(large, tmp_path):
         with pytest.raises(ValueError, match="memory-mapped index is read-only"):
             change()
     assert mapped.ntotal == len(codes)
+    for mode in ("exact", "fast"):
+        into = build_index(codebooks, codes[:10], mode=mode)
+        with pytest.raises(ValueError, match="memory-mapped index is read-only"):
+            into.merge_from(mapped)
+        assert into.ntotal == 10
     save_index(build_index(codebooks, codes, mode="fast"), tmp_path / "fast.faiss")
     with pytest.raises(ValueError, match="leave mmap unset"):
         load_index(tmp_path / "fast.faiss", mmap=True)

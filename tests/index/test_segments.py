@@ -234,6 +234,7 @@ def test_changed_ids_are_refused(filled, folder):
         lambda text: "[]",
         lambda text: text.replace('"format": 1', '"format": 2'),
         lambda text: text.replace("segment-00000.faiss", "../segment-00000.faiss"),
+        lambda text: text.replace("codebooks.faiss", "../codebooks.faiss"),
         lambda text: text.replace('"changes": 3', '"changes": "?"'),
     ],
 )
