@@ -21,7 +21,7 @@ _EXAMPLES = """\
   tcq-hf index --codes codes.parquet --model my-model --output shards/ --shards 8
 
 With --mode fast a 4-bit copy of the codes is scanned at the speed of memory, and what it finds gets its exact score:
-twice the bytes, one or two in a hundred of the best rows missed.
+twice the bytes, about one in a hundred of the best rows missed.
 
 With --append the output is a folder, made if it is not there: the codes become a new segment of it, and nothing else is
 written. Their ids go on from the last. With --shards all that is in the folder is then split into so many equal parts.

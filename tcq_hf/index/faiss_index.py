@@ -22,7 +22,7 @@ def build_index(codebooks: Any, codes: Any = None, mode: Mode = "exact") -> Code
         codebooks: float32 `[M, K, d]` of unit-norm codewords, or an object with `codebooks()`, such as a `TCQModel`.
         codes: Integers `[N, M]` below K, or None for an empty index.
         mode: `"exact"` compares a query with all codes. `"fast"` keeps a 4-bit copy too, scans it at the speed of
-            memory, and gives what it finds its exact score; one or two in a hundred of the best rows is missed.
+            memory, and gives what it finds its exact score; about one in a hundred of the best rows is missed.
 
     Returns:
         An index with N rows, in the order of `codes`.

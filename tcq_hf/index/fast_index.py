@@ -20,13 +20,13 @@ from .shadow import Shadow, make_shadow, restore_shadow
 _GROUP, _BLOCK_ROWS = 32, 1 << 20
 # The depth is measured for the first 100 rows, and fewer than 100 get that of 100: what pushes a good row down in the
 # scan are the rows around it, however few are asked for.
-_RANK, _SAMPLE_ROWS, _SAMPLE_QUERIES, _OVERLAP, _MARGIN, _DEEPEST = 100, 1 << 20, 256, 0.99, 1.2, 64
+_RANK, _SAMPLE_ROWS, _SAMPLE_QUERIES, _OVERLAP, _MARGIN, _DEEPEST = 100, 1 << 20, 256, 0.99, 1.6, 64
 
 
 class FastIndex(LearnedIndex, faiss.IndexRefine):
     """4-bit codes that FAISS scans at the speed of memory, and the exact codes that score what the scan finds.
 
-    Scores are those of `CodeIndex`; one or two in a hundred of the k best rows is missed. For K <= 16 the scan reads
+    Scores are those of `CodeIndex`; about one in a hundred of the k best rows is missed. For K <= 16 the scan reads
     the codes themselves, for larger K the sums of two words that come near the codewords (`shadow.py`). How many
     candidates are scored is measured on the rows: `k_factor` times the larger of k and 100. `faiss.write_index` stores
     a plain `IndexRefine`, which takes `k_factor` times k.
