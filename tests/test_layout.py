@@ -128,7 +128,17 @@ def test_every_module_is_in_a_known_room():
     assert {name.split(".")[0] for name in modules()} <= {*TABLE, *FREE}
 
 
-LIGHT = ("code_index", "fast_index", "shadow", "faiss_index", "gpu_index", "locks", "writing")
+LIGHT = (
+    "code_index",
+    "fast_index",
+    "shadow",
+    "faiss_index",
+    "gpu_index",
+    "ivf_index",
+    "locks",
+    "sample_queries",
+    "writing",
+)
 
 
 @pytest.mark.parametrize("module", LIGHT)

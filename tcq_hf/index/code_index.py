@@ -1,5 +1,6 @@
 """CodeIndex: codes of learned codebooks in, exact scores out. FAISS and NumPy only."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,9 @@ class LearnedIndex:
         other._refuse_if_mapped()
         self.add_codes(other.codes_array())
         other.reset()
+
+    def check(self, path: Any) -> None:
+        """Raise ValueError, naming `path`, unless what was read from there is an index of this kind."""
 
     def _refuse_if_mapped(self) -> None:
         """Raise ValueError if the rows cannot be changed."""
@@ -145,18 +149,19 @@ class CodeIndex(LearnedIndex, faiss.IndexPQ):
             raise ValueError("a memory-mapped index is read-only; load it without mmap=True to change it")
 
 
-def codebooks_of(index: faiss.IndexPQ | faiss.IndexRefine) -> np.ndarray:
+def codebooks_of(index: faiss.IndexPQ | faiss.IndexRefine | faiss.IndexIVFPQ) -> np.ndarray:
     """Codebooks inside an index, float32 `[M, K, d]`, a copy."""
     member = faiss.downcast_index(index.refine_index) if isinstance(index, faiss.IndexRefine) else index
     quantizer = member.pq
     return faiss.vector_to_array(quantizer.centroids).reshape(quantizer.M, quantizer.ksub, quantizer.dsub)
 
 
-def select_rows(index: faiss.IndexPQ | faiss.IndexRefine, rows: np.ndarray) -> CodeIndex:
+def select_rows(index: faiss.IndexPQ | faiss.IndexRefine | faiss.IndexIVFPQ, rows: np.ndarray) -> CodeIndex:
     """An exact index of some rows, int64 `[n]`, of an index: what a filter leaves to be searched."""
     member = faiss.downcast_index(index.refine_index) if isinstance(index, faiss.IndexRefine) else index
+    stored = listed_codes(member) if isinstance(member, faiss.IndexIVFPQ) else packed_codes(member)
     chosen = CodeIndex.of(codebooks_of(index))
-    chosen.add_sa_codes(np.ascontiguousarray(packed_codes(member)[rows]))
+    chosen.add_sa_codes(np.ascontiguousarray(stored[rows]))
     return chosen
 
 
@@ -165,6 +170,32 @@ def packed_codes(index: faiss.IndexPQ) -> np.ndarray:
     if not index.ntotal:
         return np.empty((0, index.code_size), np.uint8)
     return faiss.rev_swig_ptr(index.codes.data(), index.codes.size()).reshape(index.ntotal, index.code_size)
+
+
+def listed_codes(index: faiss.IndexIVFPQ) -> np.ndarray:
+    """The stored bytes of an inverted index by the number of the row, uint8 `[ntotal, code_size]`.
+
+    Raises:
+        ValueError: If the rows are not numbered from 0 on.
+    """
+    stored, seen = np.empty((index.ntotal, index.code_size), np.uint8), np.zeros(index.ntotal, bool)
+    for ids, codes in row_lists(index):
+        if ids.min() < 0 or ids.max() >= index.ntotal:
+            break
+        stored[ids], seen[ids] = codes, True
+    if not seen.all():
+        raise ValueError("the rows of the index are not numbered by their place")
+    return stored
+
+
+def row_lists(index: faiss.IndexIVFPQ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Ids int64 `[n]` and codes uint8 `[n, code_size]` of each list that has rows, as views."""
+    lists = index.invlists
+    for number in range(index.nlist):
+        size = lists.list_size(number)
+        if size:
+            codes = faiss.rev_swig_ptr(lists.get_codes(number), size * index.code_size)
+            yield faiss.rev_swig_ptr(lists.get_ids(number), size), codes.reshape(size, -1)
 
 
 def pack_codes(codes: np.ndarray, num_bits: int) -> np.ndarray:
@@ -183,7 +214,7 @@ def unpack_codes(packed: np.ndarray, num_codebooks: int, num_bits: int) -> np.nd
         return packed.copy()
     if num_bits == 4 and num_codebooks % 2 == 0:
         return np.stack([packed & 15, packed >> 4], axis=2).reshape(len(packed), num_codebooks)
-    return faiss.unpack_bitstrings(packed, num_codebooks, num_bits).astype(np.uint8)
+    return faiss.unpack_bitstrings(np.ascontiguousarray(packed), num_codebooks, num_bits).astype(np.uint8)
 
 
 def check_codebooks(codebooks: Any) -> np.ndarray:

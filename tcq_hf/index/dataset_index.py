@@ -53,7 +53,7 @@ def add_code_index(
         column: The codes column.
         model: The model (or codebooks `[M, K, d]`) that made the codes.
         name: Name of the index; the column's by default.
-        mode: `"exact"` or `"fast"`, as for `build_index`.
+        mode: `"exact"`, `"fast"` or `"ivf"`, as for `build_index`.
 
     Returns:
         The same dataset, with the index attached, as `dataset.add_faiss_index` does.
@@ -175,7 +175,8 @@ def _search_some(index: Any, rows: np.ndarray, embedding: np.ndarray, k: int) ->
     if k > len(rows):
         raise ValueError(f"k={k}, but only {len(rows)} rows fit the filter")
     member = faiss.downcast_index(index) if type(index) is faiss.Index else index
-    if not isinstance(member, (faiss.IndexPQ, faiss.IndexRefine)):
+    own_codes = isinstance(member, faiss.IndexIVFPQ) and not member.by_residual
+    if not own_codes and not isinstance(member, (faiss.IndexPQ, faiss.IndexRefine)):
         raise ValueError(f"a {type(member).__name__} cannot be filtered; attach an index from build_index")
     scores, found = select_rows(member, rows).search(embedding[None], k)
     return scores[0], rows[found[0]]

@@ -10,12 +10,16 @@ import numpy as np
 
 from .code_index import CodeIndex, check_codebooks, codebooks_of, faiss
 from .fast_index import FastIndex
+from .ivf_index import IVFIndex
 from .writing import written_aside
 
-Mode = Literal["exact", "fast"]
+Mode = Literal["exact", "fast", "ivf"]
+AnyIndex = CodeIndex | FastIndex | IVFIndex
+# What FAISS reads from a file, and what it becomes.
+_KINDS = {faiss.IndexPQ: CodeIndex, faiss.IndexRefine: FastIndex, faiss.IndexIVFPQ: IVFIndex}
 
 
-def build_index(codebooks: Any, codes: Any = None, mode: Mode = "exact") -> CodeIndex | FastIndex:
+def build_index(codebooks: Any, codes: Any = None, mode: Mode = "exact") -> AnyIndex:
     """A FAISS index from learned codebooks, empty or filled with codes.
 
     Args:
@@ -23,19 +27,24 @@ def build_index(codebooks: Any, codes: Any = None, mode: Mode = "exact") -> Code
         codes: Integers `[N, M]` below K, or None for an empty index.
         mode: `"exact"` compares a query with all codes. `"fast"` keeps a 4-bit copy too, scans it at the speed of
             memory, and gives what it finds its exact score; about one in a hundred of the best rows is missed.
+            `"ivf"` compares it with the rows of the nearest lists only, for tens of millions of rows; about one in
+            twenty of the best is missed, and its `recall` says how many.
 
     Returns:
         An index with N rows, in the order of `codes`.
 
     Raises:
         TypeError: If the codes are not integers.
-        ValueError: If the shapes do not fit, a codeword has no unit norm, a code is not below K or the mode is unknown.
+        ValueError: If the shapes do not fit, a codeword has no unit norm, a code is not below K, the mode is unknown,
+            or `"ivf"` gets no codes to learn its lists from.
     """
     if mode not in get_args(Mode):
         raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
     index = CodeIndex.of(check_codebooks(codebooks))
     if codes is not None:
         index.add_codes(codes)
+    if mode == "ivf":
+        return IVFIndex.of(index)
     return FastIndex(index) if mode == "fast" else index
 
 
@@ -78,14 +87,15 @@ def save_index(index: faiss.Index, path: str | os.PathLike, model_id: str | None
     Raises:
         OSError: If the disk refuses the file; what was there before is kept.
     """
-    kind = faiss.IndexRefine if isinstance(index, FastIndex) else faiss.IndexPQ
-    if not isinstance(index, kind) or index.metric_type != faiss.METRIC_INNER_PRODUCT:
+    kinds = {faiss.IndexPQ: "exact", FastIndex: "fast", IVFIndex: "ivf"}
+    modes = [mode for kind, mode in kinds.items() if isinstance(index, kind)]
+    if not modes or index.metric_type != faiss.METRIC_INNER_PRODUCT:
         raise TypeError(f"only an index from build_index can be saved, got {type(index).__name__}; keep the CPU index")
     codebooks = check_codebooks(index_codebooks(index))
     path = Path(path)
     recipe = {
         "model": model_id,
-        "mode": "fast" if isinstance(index, FastIndex) else "exact",
+        "mode": modes[0],
         "metric": "inner_product",
         "embedding_dim": index.d,
         "num_codebooks": codebooks.shape[0],
@@ -101,7 +111,7 @@ def save_index(index: faiss.Index, path: str | os.PathLike, model_id: str | None
         recipe_aside.write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
 
 
-def load_index(path: str | os.PathLike, codebooks: Any = None, mmap: bool = False) -> CodeIndex | FastIndex:
+def load_index(path: str | os.PathLike, codebooks: Any = None, mmap: bool = False) -> AnyIndex:
     """Read an index from `save_index`, or any FAISS `IndexPQ` file of unit-norm codebooks.
 
     Args:
@@ -126,15 +136,13 @@ def load_index(path: str | os.PathLike, codebooks: Any = None, mmap: bool = Fals
         index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mmap else 0)
     except RuntimeError as error:
         raise ValueError(f"index file {path} is truncated or no FAISS index: {error}") from error
-    kinds = {faiss.IndexPQ: CodeIndex, faiss.IndexRefine: FastIndex}
-    if type(index) not in kinds or index.metric_type != faiss.METRIC_INNER_PRODUCT:
+    if type(index) not in _KINDS or index.metric_type != faiss.METRIC_INNER_PRODUCT:
         raise ValueError(f"{path} holds a {type(index).__name__}; expected an IndexPQ with inner product")
     if mmap and type(index) is not faiss.IndexPQ:
-        raise ValueError(f"{path} holds a fast index, which has to be read into memory; leave mmap unset")
+        raise ValueError(f"{path} holds a fast or ivf index, which has to be read into memory; leave mmap unset")
     # FAISS hands out its own class; ours adds no data, only checks and the refusal to train.
-    index.__class__ = kinds[type(index)]
-    if isinstance(index, FastIndex):
-        index.check(path)
+    index.__class__ = _KINDS[type(index)]
+    index.check(path)
     found = check_codebooks(index_codebooks(index))
     if recipe is not None and (recipe["count"], recipe["codebooks_sha256"]) != (index.ntotal, _digest(found)):
         raise ValueError(f"index file {path} does not match its recipe {_recipe_path(path)}: one of them was replaced")

@@ -14,6 +14,7 @@ from .code_index import (
     packed_codes,
     unpack_codes,
 )
+from .sample_queries import noisy_rows
 from .shadow import Shadow, make_shadow, restore_shadow
 
 # Rows that FAISS packs together, and rows that are packed in one go.
@@ -237,33 +238,15 @@ def _fill(base: faiss.Index, exact: CodeIndex, shadow: Shadow, start: int) -> No
 
 
 def _depth(exact: CodeIndex, base: faiss.Index, rank: int) -> float:
-    """Candidates of the scan for each of the `rank` best rows, so that 99 % of these are among them.
-
-    The queries are rows, each sub-vector moved as far as the nearest other codeword lies, in a direction at random:
-    a picture that was not stored is about as far from the codeword that is nearest to it.
-    """
+    """Candidates of the scan for each of the `rank` best rows, so that 99 % of these are among them."""
     generator = np.random.default_rng(0)
-    queries = _moved(exact, generator.integers(exact.ntotal, size=_SAMPLE_QUERIES), generator)
+    drawn = packed_codes(exact)[generator.integers(exact.ntotal, size=_SAMPLE_QUERIES)]
+    queries = noisy_rows(codebooks_of(exact), unpack_codes(drawn, exact.pq.M, exact.pq.nbits), generator)
     limits = exact.search(queries, rank)[0][:, -1:] - 1e-6
     _, rows = base.search(queries, min(exact.ntotal, _DEEPEST * rank))
     found = np.minimum((_scores(exact, queries, rows) >= limits).cumsum(axis=1), rank).mean(axis=0) / rank
     enough = np.flatnonzero(found >= _OVERLAP)
     return _MARGIN * (1 + (enough[0] if len(enough) else len(found))) / rank
-
-
-def _moved(exact: CodeIndex, rows: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Stored rows with noise, unit sub-vectors, float32 `[Q, D]`."""
-    codebooks = codebooks_of(exact)
-    cosines = np.einsum("mkd,mjd->mkj", codebooks, codebooks)
-    cosines[:, np.arange(cosines.shape[1]), np.arange(cosines.shape[1])] = -1
-    gaps = np.sqrt(np.maximum(2 - 2 * cosines.max(axis=2), 0))
-    codes, books = unpack_codes(packed_codes(exact)[rows], exact.pq.M, exact.pq.nbits), np.arange(exact.pq.M)
-    words = codebooks[books, codes]
-    noise = generator.standard_normal(words.shape)
-    noise -= (noise * words).sum(axis=2, keepdims=True) * words
-    noise /= np.maximum(np.linalg.norm(noise, axis=2, keepdims=True), 1e-12)
-    moved = words + gaps[books, codes][..., None] * noise
-    return (moved / np.linalg.norm(moved, axis=2, keepdims=True)).astype(np.float32).reshape(len(rows), -1)
 
 
 def _scores(exact: CodeIndex, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .code_index import CodeIndex, check_codebooks, codebooks_of, faiss, unpack_codes
+from .code_index import CodeIndex, check_codebooks, codebooks_of, faiss, listed_codes, unpack_codes
 from .fast_index import FastIndex
 
 # Sub-quantizer counts for which faiss-gpu has a kernel whose float32 tables fit into shared memory.
@@ -35,7 +35,7 @@ def zero_coarse_index(index: CodeIndex | FastIndex, num_lists: int = 128) -> fai
         ValueError: If there are more codebooks than any GPU takes, or `num_lists` is out of its range.
     """
     _check_lists(num_lists)
-    exact = index.exact if isinstance(index, FastIndex) else index
+    exact = _exact(index)
     books = gpu_codebooks(codebooks_of(exact))
     count, _, sub_dim = books.shape
     coarse = faiss.IndexFlat(count * sub_dim, faiss.METRIC_INNER_PRODUCT)
@@ -80,19 +80,7 @@ def flat_index(moved: faiss.Index, codebooks: Any) -> CodeIndex:
     found = faiss.vector_to_array(inverted.pq.centroids)
     if found.size != books.size or not np.abs(found - books.ravel()).max() <= 1e-5:
         raise ValueError("the index belongs to another model: its codebooks are not those of this one")
-    stored, seen = np.empty((inverted.ntotal, len(books)), np.uint8), np.zeros(inverted.ntotal, bool)
-    lists = inverted.invlists
-    for number in range(inverted.nlist):
-        size = lists.list_size(number)
-        if not size:
-            continue
-        rows = faiss.rev_swig_ptr(lists.get_ids(number), size)
-        if rows.min() < 0 or rows.max() >= inverted.ntotal:
-            raise ValueError("the rows of the index are not numbered by their place")
-        stored[rows] = faiss.rev_swig_ptr(lists.get_codes(number), size * len(books)).reshape(size, -1)
-        seen[rows] = True
-    if not seen.all():
-        raise ValueError("the rows of the index are not numbered by their place")
+    stored = listed_codes(inverted)
     num_bits = codebooks.shape[1].bit_length() - 1
     joined = _joined(num_bits)
     codes = unpack_codes(stored, joined * len(books), num_bits if joined > 1 else 8)
@@ -151,7 +139,7 @@ def to_gpu(
     """
     devices = [device] if isinstance(device, int) else list(device)
     num_lists = lists_for(index.ntotal, queries) if num_lists is None else _check_lists(num_lists)
-    gpu_codebooks(codebooks_of(index))  # refuses what no GPU takes
+    gpu_codebooks(codebooks_of(_exact(index)))  # refuses what no GPU takes
     _need_gpu_faiss()
     for number in devices:
         if not 0 <= number < faiss.get_num_gpus():
@@ -191,6 +179,13 @@ def lists_for(rows: int, queries: int) -> int:
     # Tables and results grow with the lists: no more than fill the GPU, and none of under a thousand rows.
     wanted = min(max(8, -(-_GPU_BLOCKS // queries)), max(1, rows // 1024))
     return 1 << (wanted.bit_length() - 1)
+
+
+def _exact(index: CodeIndex | FastIndex) -> CodeIndex:
+    exact = index.exact if isinstance(index, FastIndex) else index
+    if not isinstance(exact, CodeIndex):
+        raise TypeError(f"expected an exact or a fast index from build_index, got {type(exact).__name__}")
+    return exact
 
 
 def _need_gpu_faiss() -> None:

@@ -10,8 +10,7 @@ import numpy as np
 from filelock import FileLock
 
 from .code_index import CodeIndex, check_codebooks, check_codes, check_vectors
-from .faiss_index import Mode, build_index, save_index
-from .fast_index import FastIndex
+from .faiss_index import AnyIndex, Mode, build_index, save_index
 from .segment_files import (
     FORMAT,
     LOCK,
@@ -199,7 +198,7 @@ class SegmentedIndex:
                 blocks = zip(np.array_split(codes, parts), np.array_split(ids, parts), strict=True)
                 self._replace(manifest, [self._new(manifest, *block) for block in blocks])
 
-    def in_memory(self, mode: Mode = "exact") -> tuple[CodeIndex | FastIndex, np.ndarray]:
+    def in_memory(self, mode: Mode = "exact") -> tuple[AnyIndex, np.ndarray]:
         """All rows as one index of `build_index`, and the id of each of its rows, int64 `[ntotal]`."""
         return build_index(self._codebooks, self.codes_array(), mode), self.ids()
 
@@ -208,7 +207,7 @@ class SegmentedIndex:
 
         Args:
             path: File to write, its recipe beside it.
-            mode: `"exact"` or `"fast"`, as for `build_index`.
+            mode: `"exact"`, `"fast"` or `"ivf"`, as for `build_index`.
 
         Returns:
             The id of each row of the file, int64 `[ntotal]`: `dataset.select(ids)` has the same rows.

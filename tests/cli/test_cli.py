@@ -125,6 +125,17 @@ def test_a_fast_index_is_built_and_searched(workplace, tmp_path, capsys):
     assert printed[0] == printed[1]
 
 
+def test_an_ivf_index_says_what_it_finds(workplace, tmp_path, capsys):
+    made = ["--codes", str(workplace / "codes.parquet"), "--model", str(workplace / "model")]
+    assert main(["index", *made, "--output", str(tmp_path / "ivf.faiss"), "--mode", "ivf"]) == 0
+    said = re.search(r"^4 lists; the nearest \d of a query hold (\d\.\d+) of", capsys.readouterr().out, re.MULTILINE)
+    assert float(said[1]) >= 0.95
+    asked = ["search", "--dataset", str(workplace / "pictures"), "--model", str(workplace / "model"), "--row", "9"]
+    assert main([*asked, "--index", str(tmp_path / "ivf.faiss"), "--k", "32"]) == 0
+    found = re.findall(r"^\s*\d+ +(\d+) ", capsys.readouterr().out, re.MULTILINE)
+    assert sorted(map(int, found)) == list(range(32))
+
+
 def test_search_is_filtered_by_a_column(workplace, capsys):
     asked = ["search", "--dataset", str(workplace / "pictures"), "--model", str(workplace / "model"), "--row", "1"]
     asked += ["--index", str(workplace / "index.faiss"), "--k", "5"]

@@ -237,6 +237,7 @@ def test_codes_leave_the_index_as_they_came(codebook_size, num_codebooks):
     words = codebooks[np.arange(num_codebooks), codes].reshape(333, -1)
     np.testing.assert_array_equal(index.reconstruct_n(0, 333), words)
     np.testing.assert_array_equal(stored_codes(index), codes)
+    np.testing.assert_array_equal(index.codes_array(5, 300, 7), codes[5:300:7])
     assert index.sa_code_size() == -(-num_codebooks * index_bits(codebooks) // 8)
 
 
@@ -483,7 +484,8 @@ def other_kinds(codebooks):
 @pytest.mark.parametrize("kind", ["IndexFlatIP", "IndexPQ", "IndexIVFPQ"])
 def test_another_kind_of_index_is_refused(kind, codebooks, tmp_path):
     faiss.write_index(other_kinds(codebooks)[kind], str(tmp_path / "index.faiss"))
-    with pytest.raises(ValueError, match=f"holds a {kind}; expected an IndexPQ with inner product"):
+    expected = "codes of residuals" if kind == "IndexIVFPQ" else f"a {kind}; expected an IndexPQ with inner product"
+    with pytest.raises(ValueError, match=f"holds {expected}"):
         load_index(tmp_path / "index.faiss")
 
 

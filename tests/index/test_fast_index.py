@@ -7,6 +7,7 @@ import threading
 import faiss
 import numpy as np
 import pytest
+from clustered_codes import SCORE_TOLERANCE, collection, overlap
 from datasets import Dataset, Features, List, Value
 
 from tcq_hf import add_code_index, build_index, load_index, save_index
@@ -17,27 +18,6 @@ from tcq_hf.index.fast_index import FastIndex
 from tcq_hf.index.gpu_index import zero_coarse_index
 from tcq_hf.index.shadow import make_shadow
 
-# A score sums M inner products of unit vectors in float32.
-SCORE_TOLERANCE = 1e-5
-
-
-def unit(vectors, num_codebooks):
-    parts = vectors.reshape(len(vectors), num_codebooks, -1)
-    return (parts / np.linalg.norm(parts, axis=2, keepdims=True)).astype(np.float32)
-
-
-def collection(codebook_size=256, num_codebooks=8, count=20_000, seed=0):
-    """Codebooks, codes and queries of clustered data; a codebook is drawn from the data."""
-    generator = np.random.default_rng(seed)
-    centres, mix = generator.standard_normal((40, 12)), generator.standard_normal((12, num_codebooks * 4))
-    drawn = centres[generator.integers(40, size=count + 300)] + 0.5 * generator.standard_normal((count + 300, 12))
-    vectors = unit(drawn @ mix, num_codebooks)
-    codebooks = np.stack([vectors[:codebook_size, book] for book in range(num_codebooks)])
-    index = build_index(codebooks)
-    packed = index.sa_encode(np.ascontiguousarray(vectors[300:].reshape(count, -1)))
-    index.add_sa_codes(packed)
-    return codebooks, index.codes_array(), np.ascontiguousarray(vectors[:300].reshape(300, -1))
-
 
 @pytest.fixture(scope="module", params=[256, 16, 4], ids=lambda size: f"K{size}")
 def data(request):
@@ -47,11 +27,6 @@ def data(request):
 @pytest.fixture(scope="module")
 def large():
     return collection()
-
-
-def overlap(fast, exact, queries, k):
-    limits = exact.search(queries, k)[0][:, -1:] - 1e-6
-    return (fast.search(queries, k)[0] >= limits).mean()
 
 
 def same_rows(fast, codes):
@@ -210,7 +185,7 @@ def test_a_reset_index_takes_rows_again(large):
     same_rows(fast, codes[:70])
 
 
-@pytest.mark.parametrize("mode", ["exact", "fast"])
+@pytest.mark.parametrize("mode", ["exact", "fast", "ivf"])
 def test_searches_beside_a_writer_see_whole_changes(large, mode):
     """Rows come in pairs of equal codes: a search that saw half of a change would find one without the other."""
     codebooks, codes, queries = large
@@ -363,7 +338,7 @@ def test_bad_input_is_refused_as_by_the_exact_index(large):
         (lambda: fast.add(codes[:3]), TypeError, "embeddings must be floats|shape"),
         (lambda: fast.add_codes(queries[:, :8]), TypeError, "codes must be integers"),
         (lambda: fast.add_codes(codes[:, :7]), ValueError, r"shape \[N, 8\]"),
-        (lambda: build_index(codebooks, mode="quick"), ValueError, "mode must be one of exact, fast, got 'quick'"),
+        (lambda: build_index(codebooks, mode="quick"), ValueError, "mode must be one of exact, fast, ivf, got 'quick'"),
     ):
         with pytest.raises((error, ValueError), match=match):
             call()

@@ -49,6 +49,14 @@ SHAPES = [
 ]
 
 
+def test_an_ivf_index_is_refused():
+    codebooks, index, _ = collection(4, 16)
+    ivf = build_index(codebooks, index.codes_array(), mode="ivf")
+    for call in (zero_coarse_index, to_gpu):
+        with pytest.raises(TypeError, match="an exact or a fast index from build_index, got IVFIndex"):
+            call(ivf)
+
+
 @pytest.mark.parametrize("num_lists", [1, 16])
 @pytest.mark.parametrize(("num_codebooks", "codebook_size", "count"), SHAPES)
 def test_scores_are_those_of_the_flat_index(num_codebooks, codebook_size, count, num_lists):
