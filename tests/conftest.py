@@ -4,6 +4,12 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# The processes of pytest-xdist share the cores.
+os.environ.setdefault(
+    "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+)
+# A cluster of one test on one machine; Ray would keep a token in the user's home.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 from pathlib import Path
 

@@ -18,7 +18,14 @@ from safetensors.torch import save_file
 from tcq_hf.cli import main
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "docs/tutorial.md", "docs/fine-tuning.md", "docs/choosing-options.md", "docs/how-to.md"]
+PAGES = [
+    "README.md",
+    "docs/tutorial.md",
+    "docs/fine-tuning.md",
+    "docs/choosing-options.md",
+    "docs/how-to.md",
+    "docs/distributed.md",
+]
 # Run by .ci/run, once, as they stand there.
 LEFT_TO_CI = ('pip install -e ".[demo]" && tcq-hf demo', 'pip install -e ".[test]" && pytest')
 BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)

@@ -1,4 +1,4 @@
-"""`tcq-hf index`: a file of codes and a model in, a FAISS file or a folder that grows out."""
+"""`tcq-hf index`: a file of codes and a model in, a FAISS file, a folder that grows or a Lance dataset out."""
 
 import argparse
 import time
@@ -20,6 +20,8 @@ _EXAMPLES = """\
   tcq-hf index --codes first.parquet --model my-model --output living/ --append
   tcq-hf index --codes more.parquet --model my-model --output living/ --append
   tcq-hf index --codes codes.parquet --model my-model --output shards/ --shards 8
+  tcq-hf index --codes codes.parquet --model my-model --to lance://codes.lance
+  tcq-hf index --codes codes.parquet --model my-model --to lance://s3://bucket/codes.lance
 
 With --mode fast a 4-bit copy of the codes is scanned at the speed of memory, and what it finds gets its exact score:
 twice the bytes, about one in a hundred of the best rows missed. With --mode ivf, for tens of millions of rows, only the
@@ -27,6 +29,9 @@ nearest lists of rows are looked into: eight more bytes a row, and the share of 
 
 With --append the output is a folder, made if it is not there: the codes become a new segment of it, and nothing else is
 written. Their ids go on from the last. With --shards all that is in the folder is then split into so many equal parts.
+
+With --to a Lance dataset is written, with the other columns of the codes, and indexed by the learned codebooks (extra
+[lance]). The ids are the row numbers.
 """
 
 
@@ -37,9 +42,9 @@ def add_parser(commands: inputs.Commands) -> None:
     parser.add_argument(
         "--model", required=True, metavar="NAME", help="the model that made the codes: folder or Hub name"
     )
-    parser.add_argument(
-        "--output", required=True, metavar="PATH", help="FAISS file to write, its recipe beside it; or the folder"
-    )
+    place = parser.add_mutually_exclusive_group(required=True)
+    place.add_argument("--output", metavar="PATH", help="FAISS file to write, its recipe beside it; or the folder")
+    place.add_argument("--to", metavar="lance://URI", help="Lance dataset to write: a folder or an address")
     parser.add_argument("--mode", choices=get_args(Mode), default="exact", help="how to search (default: exact)")
     parser.add_argument("--append", action="store_true", help="add the codes to an index that lives in a folder")
     parser.add_argument("--shards", type=int, metavar="N", help="split an index in a folder into N equal segments")
@@ -48,7 +53,10 @@ def add_parser(commands: inputs.Commands) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Build and save, or append."""
     model, _ = inputs.load_model(arguments.model)
-    codes, _ = inputs.read_codes(arguments.codes, model)
+    codes, numbers = inputs.read_codes(arguments.codes, model)
+    if arguments.to is not None:
+        _write_lance(arguments, model, codes, numbers)
+        return
     if arguments.append or arguments.shards is not None:
         _grow(arguments, model, codes)
         return
@@ -82,3 +90,16 @@ def _grow(arguments: argparse.Namespace, model: TCQModel, codes: np.ndarray) -> 
         index.merge(arguments.shards)
     first = f", ids from {ids[0]}" if len(ids) else ""
     print(f"{len(codes)} rows{first}; {index.ntotal} in {len(index.segments)} segments -> {folder}")
+
+
+def _write_lance(arguments: argparse.Namespace, model: TCQModel, codes: np.ndarray, numbers: np.ndarray | None) -> None:
+    scheme, _, uri = arguments.to.partition("://")
+    if scheme != "lance" or not uri:
+        raise ValueError(f"--to must be lance://FOLDER or lance://ADDRESS, got {arguments.to}")
+    if arguments.mode != "exact" or arguments.append or arguments.shards is not None:
+        raise ValueError("--to writes a Lance dataset; --mode, --append and --shards are for --output")
+    from tcq_hf.index.lance_index import to_lance  # an extra
+
+    columns, embeddings = inputs.other_columns(arguments.codes)
+    index = to_lance(uri, model, codes, embeddings, ids=numbers, columns=columns)
+    print(f"{index.ntotal} rows of {model.config.code_bytes} bytes -> {uri}")

@@ -11,6 +11,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Image
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
@@ -220,6 +221,16 @@ def read_codes(path: str, model: TCQModel, pictures: Dataset | None = None) -> t
     table = datasets.load_dataset("parquet", data_files=path, split="train")
     rows = table.with_format("numpy")["row"][:] if "row" in table.column_names else None
     return codes_array(table), rows
+
+
+def other_columns(path: str) -> tuple[pa.Table | None, np.ndarray | None]:
+    """What a file of codes has beside codes and row numbers: columns, and embeddings float32 `[N, D]`, if any."""
+    if path.endswith(".npy"):
+        return None, None
+    table = datasets.load_dataset("parquet", data_files=path, split="train")
+    embeddings = np.float32(table.with_format("numpy")["embedding"][:]) if "embedding" in table.column_names else None
+    kept = [name for name in table.column_names if name not in ("codes", "row", "embedding")]
+    return table.select_columns(kept).with_format("arrow")[:] if kept else None, embeddings
 
 
 def _codes_recipe(path: Path) -> dict[str, Any]:

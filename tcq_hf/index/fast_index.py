@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from .code_index import (
     CodeIndex,
@@ -231,7 +232,7 @@ def _fill(base: faiss.Index, exact: CodeIndex, shadow: Shadow, start: int) -> No
     scan.codes.resize(rows * width)
     if count:
         stored = faiss.rev_swig_ptr(scan.codes.get(), scan.codes.size())
-    for first in range(start // _GROUP * _GROUP, count, _BLOCK_ROWS):
+    for first in tqdm(range(start // _GROUP * _GROUP, count, _BLOCK_ROWS), desc="4-bit words", delay=2):
         part = _scanned(scan.pq, shadow.packed(exact.codes_array(first, first + _BLOCK_ROWS)))
         stored[first * width : first * width + part.size] = part
     scan.ntotal2, scan.ntotal, base.ntotal = rows, count, count

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from .code_index import CodeIndex, check_codebooks, codebooks_of, faiss, listed_codes, unpack_codes
 from .fast_index import FastIndex
@@ -46,7 +47,7 @@ def zero_coarse_index(index: CodeIndex | FastIndex, num_lists: int = 128) -> fai
     faiss.copy_array_to_vector(books.ravel(), inverted.pq.centroids)
     inverted.is_trained = True
     inverted.nprobe = num_lists
-    for start in range(0, exact.ntotal, _BLOCK_ROWS):
+    for start in tqdm(range(0, exact.ntotal, _BLOCK_ROWS), desc="Rows into lists", delay=2):
         codes = gpu_codes(exact.codes_array(start, start + _BLOCK_ROWS), exact.pq.nbits, count)
         rows = np.arange(start, start + len(codes), dtype=np.int64)
         lists = (rows % num_lists).astype("<u8").view(np.uint8).reshape(-1, 8)[:, : inverted.coarse_code_size()]

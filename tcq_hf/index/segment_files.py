@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock
+from tqdm.auto import tqdm
 
 from .code_index import CodeIndex
 from .faiss_index import load_index, write_faiss
@@ -140,8 +141,9 @@ def _verify(path: Path, expected: str | None) -> None:
 
 
 def _sum(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
+    digest, size = hashlib.sha256(), path.stat().st_size
+    with path.open("rb") as file, tqdm(total=size, unit="B", unit_scale=True, desc=path.name, delay=2) as bar:
         while block := file.read(1 << 20):
             digest.update(block)
+            bar.update(len(block))
     return digest.hexdigest()

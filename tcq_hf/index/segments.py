@@ -127,9 +127,7 @@ class SegmentedIndex:
         for part in parts:
             scores, rows = part.index.search(x, min(k, part.segment.rows))
             found.append((scores, part.ids[rows]))
-        scores, ids = (np.concatenate(each, axis=1) for each in zip(*found, strict=True))
-        best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        return np.take_along_axis(scores, best, axis=1), np.take_along_axis(ids, best, axis=1)
+        return best_of(found, k)
 
     def append(self, codes: Any, ids: Any = None) -> np.ndarray:
         """Write rows as a new segment.
@@ -247,6 +245,13 @@ class SegmentedIndex:
         for segment in gone:
             for name in filter(None, (segment.file, segment.ids)):
                 (self.folder / name).unlink(missing_ok=True)
+
+
+def best_of(found: list[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and ids `[Q, k]` of the k best rows in what several indexes found, each scores and ids `[Q, n]`."""
+    scores, ids = (np.concatenate(each, axis=1) for each in zip(*found, strict=True))
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(scores, best, axis=1), np.take_along_axis(ids, best, axis=1)
 
 
 def _joined(arrays: list[np.ndarray], empty: np.ndarray) -> np.ndarray:

@@ -12,7 +12,16 @@ import PIL.Image
 import pytest
 import torch
 
-from tcq_hf import TCQImageProcessor, TCQModel, add_code_index, encode_dataset, extract_features, hub, search
+from tcq_hf import (
+    TCQImageProcessor,
+    TCQModel,
+    add_code_index,
+    encode_dataset,
+    extract_features,
+    hub,
+    load_index,
+    search,
+)
 from tcq_hf.cli import main
 from tcq_hf.cli.inputs import label_name, load_pictures
 from tcq_hf.index.segments import SegmentedIndex
@@ -134,6 +143,28 @@ def test_an_ivf_index_says_what_it_finds(workplace, tmp_path, capsys):
     assert main([*asked, "--index", str(tmp_path / "ivf.faiss"), "--k", "32"]) == 0
     found = re.findall(r"^\s*\d+ +(\d+) ", capsys.readouterr().out, re.MULTILINE)
     assert sorted(map(int, found)) == list(range(32))
+
+
+def test_codes_go_to_lance_with_their_columns(workplace, tmp_path, capsys):
+    pytest.importorskip("lance", reason="pylance is not installed (extra [lance])")
+    from tcq_hf.index.lance_index import LanceIndex
+
+    made = ["index", "--codes", str(workplace / "codes.parquet"), "--model", str(workplace / "model")]
+    assert main([*made, "--to", f"lance://{tmp_path}/codes.lance"]) == 0
+    assert "32 rows of 2 bytes -> " in capsys.readouterr().out
+    rows = datasets.load_dataset("parquet", data_files=str(workplace / "codes.parquet"), split="train")
+    queries = np.float32(rows.with_format("numpy")["embedding"][:])
+    index = LanceIndex(tmp_path / "codes.lance", TCQModel.from_pretrained(workplace / "model"))
+    assert index.dataset.to_table(columns=["label"])["label"].to_pylist() == rows["label"][:]
+    expected = load_index(workplace / "index.faiss").search(queries, 5)[0]
+    np.testing.assert_allclose(index.search(queries, 5)[0], expected, atol=1e-5)
+    for wrong, message in (
+        (["--to", f"lance://{tmp_path}/codes.lance"], "there is a Lance dataset at"),
+        (["--to", "s3://bucket/codes"], "--to must be lance://"),
+        (["--to", f"lance://{tmp_path}/more.lance", "--mode", "fast"], "--mode, --append and --shards are for"),
+    ):
+        assert main([*made, *wrong]) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_search_is_filtered_by_a_column(workplace, capsys):
