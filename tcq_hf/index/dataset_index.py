@@ -78,7 +78,18 @@ def attach_index(dataset: Dataset, index: Any, name: str) -> Dataset:
     finally:
         if shown:
             enable_progress_bars()
+    # What makes `dataset.save_faiss_index` copy it back first.
+    dataset.get_index(name).device = _device_of(index)
     return dataset
+
+
+def _device_of(index: Any) -> int | list[int] | None:
+    """Number of the GPU, or of several, that an index lies on; None for the CPU."""
+    if isinstance(index, faiss.IndexShards):
+        members = [_device_of(faiss.downcast_index(index.at(number))) for number in range(index.count())]
+        return None if None in members else members
+    inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+    return inner.getDevice() if hasattr(inner, "getDevice") else None
 
 
 def search(

@@ -3,9 +3,11 @@
 import faiss
 import numpy as np
 import pytest
+from datasets import Dataset
 from numpy.testing import assert_array_equal
 
 from tcq_hf import build_index, from_gpu, to_gpu
+from tcq_hf.index.dataset_index import attach_index
 from tcq_hf.index.gpu_index import flat_index, gpu_codebooks, lists_for, zero_coarse_index
 
 # A score sums M inner products of unit vectors in float32: rounding is near M * 2^-24 a term, far below this.
@@ -142,6 +144,28 @@ def test_without_gpu_faiss_the_extra_is_named():
     for call in (lambda: to_gpu(index), lambda: from_gpu(zero_coarse_index(index), codebooks)):
         with pytest.raises(RuntimeError, match=r"tcq_hf\[gpu\]"):
             call()
+
+
+def test_an_index_on_the_cpu_is_saved_as_it_is(tmp_path):
+    _, index, _ = collection(5, 256)
+    moved = zero_coarse_index(index, 4)  # inside an IndexPreTransform
+    shards = faiss.IndexShards(index.d, False, False)
+    shards.add_shard(build_index(index.codebooks(), index.codes_array()))
+    for name, given in (("flat", index), ("moved", moved), ("shards", shards)):
+        dataset = attach_index(Dataset.from_dict({"row": range(500)}), given, name)
+        assert dataset.get_index(name).device is None
+    dataset = attach_index(Dataset.from_dict({"row": range(500)}), moved, "moved")
+    dataset.save_faiss_index("moved", str(tmp_path / "moved.faiss"))
+    assert faiss.read_index(str(tmp_path / "moved.faiss")).ntotal == 500
+
+
+@pytest.mark.skipif(not GPU, reason="FAISS sees no GPU")
+def test_an_index_on_a_gpu_is_saved_through_datasets(tmp_path):
+    codebooks, index, _ = collection(5, 256)
+    dataset = attach_index(Dataset.from_dict({"row": range(500)}), to_gpu(index), "gpu")
+    dataset.save_faiss_index("gpu", str(tmp_path / "gpu.faiss"))
+    saved = faiss.read_index(str(tmp_path / "gpu.faiss"))
+    assert_array_equal(flat_index(saved, codebooks).codes_array(), index.codes_array())
 
 
 @pytest.mark.skipif(not GPU, reason="FAISS sees no GPU")
