@@ -14,7 +14,7 @@ from page import BACKBONE, data_folder, write_page
 from tcq_hf import FeatureCache, TCQImageProcessor, TCQModel, TCQTrainer, TCQTrainingArguments
 from tcq_hf.evaluation import baselines
 from tcq_hf.evaluation.metrics import evaluate
-from tcq_hf.evaluation.protocols import by_labels, cifar10_ii, validation
+from tcq_hf.evaluation.protocols import Split, by_labels, cifar10_ii, validation
 from tcq_hf.training import pseudo_labels
 from tcq_hf.training.figures import neighbourhood_quality
 from tcq_hf.training.pseudo_labels import PseudoLabelCallback
@@ -84,8 +84,16 @@ def main() -> None:
     write_page("ablation", "Ablation of the training", parts)
 
 
-def sets(arguments: argparse.Namespace) -> Iterator[tuple[str, object]]:
-    """Validation splits by name."""
+def sets(arguments: argparse.Namespace) -> Iterator[tuple[str, Split]]:
+    """Validation splits by name, of the rows that they use."""
+    for name, split in all_sets(arguments):
+        rows = np.union1d(split.queries, split.database)
+        places = {field: np.searchsorted(rows, getattr(split, field)) for field in ("queries", "database", "train")}
+        names = [split.names[row] for row in rows]
+        yield name, replace(split, dataset=split.dataset.select(rows), labels=split.labels[rows], names=names, **places)
+
+
+def all_sets(arguments: argparse.Namespace) -> Iterator[tuple[str, Split]]:
     yield "clothing", validation(by_labels(load_dataset(str(data_folder() / "clothing"))))
     cifar = load_dataset(str(data_folder() / "cifar10"))
     yield "CIFAR-10 (II)", validation(cifar10_ii(cifar))
