@@ -10,6 +10,7 @@ from pathlib import Path
 import faiss
 import nanopq
 import numpy as np
+import torch
 from page import write_page
 from search import TRAIN, blocks, codewords, vectors
 
@@ -23,7 +24,8 @@ before: the input codes, the index and all in between, as multiples of the codes
 NOTES = """The index of floats is what FAISS does with vectors where there are no codes; its training on
 {train:,} rows is not counted, and it was given blocks of 100,000, whose making is not counted either. nanopq encodes
 {nanopq:,} rows here, with the same codewords. Opening checks sizes and codebooks and maps the codes; the search after
-it reads them all."""
+it reads them all. The scan of K = 16 reads codes of as many bytes, two to a byte, chosen at random; FAISS scans one
+query in one thread, and several queries in one pass over the codes."""
 
 NANOPQ_ROWS = 100_000
 
@@ -40,7 +42,7 @@ def main() -> None:
         queries = vectors(100, 1, arguments.bytes, 128)
         np.save(folder / "queries.npy", queries)
         rows = [from_floats(folder, words, arguments), with_nanopq(words, arguments)]
-        for way in (exact, fast, ivf, living):
+        for way in (exact, fast, native, ivf, living):
             rows += alone(way, folder, arguments)
     values = {"threads": faiss.omp_get_max_threads(), "megabytes": arguments.rows * arguments.bytes / 1e6}
     text = TEXT.format(**vars(arguments), **values)
@@ -87,6 +89,34 @@ def fast(folder: Path, memory: Callable[[], float]) -> list[dict]:
     seconds, index = timed(build_index, words, codes, "fast")
     rows = [line("build_index, fast", seconds, len(codes), memory())]
     return [*rows, found("fast", index, build_index(words, codes), np.load(folder / "queries.npy"))]
+
+
+def native(folder: Path, memory: Callable[[], float]) -> list[dict]:
+    """As many bytes of 4-bit codes, which the scan reads as they are, beside a plain read of the same bytes."""
+    words, codes = np.load(folder / "words.npy"), np.load(folder / "codes.npy")
+    width = words.shape[0] * words.shape[2]
+    generator = np.random.default_rng(0)
+    books = generator.standard_normal((2 * len(words), 16, width // (2 * len(words))))
+    books = (books / np.linalg.norm(books, axis=2, keepdims=True)).astype(np.float32)
+    halves = np.stack([codes & 15, codes >> 4], axis=2).reshape(len(codes), -1)
+    del codes
+    index = build_index(books, halves, mode="fast")
+    count, scan = len(halves), index.scan
+    del halves
+    queries = books[np.arange(len(books)), generator.integers(16, size=(100, len(books)))].reshape(100, -1)
+    stored = torch.from_numpy(faiss.rev_swig_ptr(scan.codes.get(), scan.codes.size())).view(torch.int64)
+    read = {}
+    for threads in (1, torch.get_num_threads()):
+        torch.set_num_threads(threads)
+        read[threads] = min(timed(stored.sum)[0] for _ in range(20))
+    one = min(timed(scan.search, queries[i : i + 1], 100)[0] for i in range(20))
+    many = min(timed(scan.search, queries, 100)[0] for _ in range(3)) / len(queries)
+    speed = f"{stored.nbytes / one / 1e9:.1f} GB/s, a plain read {stored.nbytes / read[1] / 1e9:.1f}"
+    batch = f"{stored.nbytes / many / 1e9:.1f} GB/s, a plain read {stored.nbytes / min(read.values()) / 1e9:.1f}"
+    return [
+        line(f"scan of K = 16, one query, one thread ({speed})", one, count),
+        line(f"scan of K = 16, each of 100 queries, all threads ({batch})", many, count),
+    ]
 
 
 def ivf(folder: Path, memory: Callable[[], float]) -> list[dict]:

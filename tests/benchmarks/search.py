@@ -1,18 +1,25 @@
-"""Queries a second, bytes a row and what is found: exact and fast codes beside what FAISS offers."""
+"""Queries a second, bytes a row and what is found: learned codes beside what a user would pick instead."""
 
 import argparse
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import faiss
+import lance
+import matplotlib.pyplot as plt
+import nanopq
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from datasets.utils import tqdm
-from page import write_page
+from page import ROOT, write_page
+from sentence_transformers.util.quantization import quantize_embeddings, semantic_search_faiss
 
 from tcq_hf import build_index
+from tcq_hf.index.code_index import CodeIndex
 from tcq_hf.index.fast_index import FastIndex
 from tcq_hf.model.quantization_tcq import spherical_kmeans
 
@@ -23,6 +30,18 @@ spherical k-means on 50,000 other rows. *Batch* is all queries at once, the best
 after another, the median. *Of the exact codes* is the share of returned rows whose exact score is at least the exact
 {k}-th score less 1e-6. *Recall* is the share of the {k} rows of the largest float inner product. Times the figure of
 `exact` at the same bytes stand in brackets."""
+NOTES = """![Recall over queries a second](search.png)
+
+Times of one run, one after the other. nanopq compares one query after another in NumPy, with the codes of `exact`.
+sentence-transformers searches signs or 8-bit values of the floats with FAISS, 4 k of them, and rescores these one by
+one in Python; its 8-bit values lie as floats in the index. Lance reads the rows from a file and answers single queries.
+The depth of `fast`, the probes of `ivf` and the quantizers of FAISS and Lance come from the rows; HNSW (32 links, ef
+128) and the probes of the other inverted lists (those of `ivf`) were set. PQ that FAISS trains on these rows finds as
+many of them as the codes of tcq_hf; what finds more at equal bytes cuts vectors into twice as many parts (FastScan), or
+encodes what is left over from the centre of a list (IndexIVFPQ, Lance), which codes that are the model's own cannot."""
+# Queries that a slow way answers, and candidates that sentence-transformers rescores.
+FEW, RESCORED = 100, 4
+Search = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
 LATENT, CLUSTERS, SPREAD, TRAIN = 32, 500, 0.5, 50_000
 
 
@@ -44,49 +63,154 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, nargs="+", default=[8, 16], help="bytes of a row: M codebooks of 256")
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--k", type=int, default=100)
-    parser.add_argument("--hnsw", action="store_true", help="build an HNSW graph too: minutes a million rows")
     arguments = parser.parse_args()
-    rows = []
+    rows, points = [], []
     for size in arguments.bytes:
-        rows += compare(size, arguments)
+        lines, found = compare(size, arguments)
+        rows += lines
+        points += [(size, *each) for each in found]
+    plot(points)
     text = TEXT.format(**vars(arguments), threads=faiss.omp_get_max_threads())
-    write_page("search", "Speed of search", [text, rows])
+    write_page("search", "Speed of search", [text, rows, NOTES])
 
 
-def compare(num_codebooks: int, arguments: argparse.Namespace) -> list[dict]:
-    """Rows of the table of one number of bytes."""
+def compare(num_codebooks: int, arguments: argparse.Namespace) -> tuple[list[dict], list[tuple]]:
+    """Rows of the table of one number of bytes, and name, queries a second and recall of each."""
     queries = vectors(1000, 1, num_codebooks, arguments.dim)
     words = codewords(vectors(TRAIN, 2, num_codebooks, arguments.dim), num_codebooks)
     exact, flat = build_index(words), faiss.IndexFlatIP(arguments.dim)
     for block in blocks(arguments.rows, num_codebooks, arguments.dim):
         flat.add(block)
         exact.add(block)
-    truth = measure("IndexFlatIP", flat, 4 * arguments.dim, queries, arguments.k)
-    base = measure("tcq_hf, exact", exact, num_codebooks, queries, arguments.k)
+    truth = measure("IndexFlatIP", flat.search, 4 * arguments.dim, queries, arguments.k)
+    base = measure("tcq_hf, exact", exact.search, num_codebooks, queries, arguments.k)
     found = [truth, base]
-    fast = build_index(words, exact.codes_array(), mode="fast")
-    found.append(measure(f"tcq_hf, fast (depth {fast.k_factor:.0f})", fast, scanned_bytes(fast), queries, arguments.k))
-    trained = faiss.IndexPQ(arguments.dim, num_codebooks, 8, faiss.METRIC_INNER_PRODUCT)
-    trained.train(flat.reconstruct_n(0, TRAIN))
-    add(trained, flat)
-    found.append(measure("FAISS IndexPQ, trained on the rows", trained, num_codebooks, queries, arguments.k))
-    small = faiss.IndexPQFastScan(arguments.dim, 2 * num_codebooks, 4, faiss.METRIC_INNER_PRODUCT)
-    small.train(flat.reconstruct_n(0, TRAIN))
-    add(small, flat)
-    found.append(measure("FAISS IndexPQFastScan, trained on the rows", small, num_codebooks, queries, arguments.k))
-    if arguments.hnsw:
-        graph = faiss.IndexHNSWFlat(arguments.dim, 32, faiss.METRIC_INNER_PRODUCT)
-        graph.hnsw.efSearch = 128
-        add(graph, flat)
-        found.append(measure("FAISS HNSW32, ef 128", graph, 4 * arguments.dim + 264, queries, arguments.k))
-    return [row(each, num_codebooks, base, truth, exact, queries) for each in found]
+    found += learned(exact, words, queries, arguments)
+    found += trained(flat, num_codebooks, found[-1], queries, arguments)
+    found += graph_and_lance(flat, num_codebooks, found, queries, arguments)
+    found.append(with_nanopq(exact, words, queries, arguments.k))
+    if num_codebooks == arguments.dim // 8:  # as many bytes as signs
+        found += sentence_transformers(flat, queries, arguments.k)
+    lines = [row(each, num_codebooks, base, truth, exact, queries) for each in found]
+    return lines, [(each.name, each.batch, recall(each, truth)) for each in found]
 
 
-def measure(name: str, index: faiss.Index, size: float, queries: np.ndarray, k: int) -> Found:
-    batch = min(seconds(lambda: index.search(queries, k)) for _ in range(3))
-    single = float(np.median([seconds(lambda i=i: index.search(queries[i : i + 1], k)) for i in range(50)]))
-    scores, ids = index.search(queries, k)
-    return Found(name, size, len(queries) / batch, single, scores, ids)
+def learned(exact: CodeIndex, words: np.ndarray, queries: np.ndarray, arguments: argparse.Namespace) -> list[Found]:
+    """The fast and the ivf index of the same codes."""
+    codes, size, k = exact.codes_array(), len(words), arguments.k
+    fast = build_index(words, codes, mode="fast")
+    ivf = build_index(words, codes, mode="ivf")
+    return [
+        measure(f"tcq_hf, fast (depth {fast.k_factor:.0f})", fast.search, scanned_bytes(fast), queries, k),
+        measure(f"tcq_hf, ivf ({ivf.nprobe} of {ivf.nlist} lists)", ivf.search, size + 8, queries, k),
+    ]
+
+
+def trained(
+    flat: faiss.Index, num_codebooks: int, ivf: Found, queries: np.ndarray, arguments: argparse.Namespace
+) -> list[Found]:
+    """Quantizers that FAISS trained on the rows, the inverted lists as many as ours."""
+    probes, lists = (int(number) for number in ivf.name.removeprefix("tcq_hf, ivf (").split(" lists")[0].split(" of "))
+    dim, metric, found = arguments.dim, faiss.METRIC_INNER_PRODUCT, []
+    residual = faiss.IndexIVFPQ(faiss.IndexFlatIP(dim), dim, lists, num_codebooks, 8, metric)
+    residual.nprobe = probes
+    for name, index, size in (
+        ("IndexPQ", faiss.IndexPQ(dim, num_codebooks, 8, metric), num_codebooks),
+        ("IndexPQFastScan", faiss.IndexPQFastScan(dim, 2 * num_codebooks, 4, metric), num_codebooks),
+        (f"IndexIVFPQ ({probes} of {lists} lists)", residual, num_codebooks + 8),
+    ):
+        index.train(flat.reconstruct_n(0, TRAIN))
+        add(index, flat)
+        found.append(measure(f"FAISS {name}, trained", index.search, size, queries, arguments.k))
+    return found
+
+
+def graph_and_lance(
+    flat: faiss.Index, num_codebooks: int, found: list[Found], queries: np.ndarray, arguments: argparse.Namespace
+) -> list[Found]:
+    """HNSW over the floats, and the IVF_PQ that Lance trains."""
+    graph = faiss.IndexHNSWFlat(arguments.dim, 32, faiss.METRIC_INNER_PRODUCT)
+    graph.hnsw.efSearch = 128
+    add(graph, flat)
+    links = 8 * graph.hnsw.offsets.size() + 4 * graph.hnsw.neighbors.size()
+    size = 4 * arguments.dim + links / flat.ntotal
+    rows = [measure("FAISS HNSW32, ef 128", graph.search, size, queries, arguments.k)]
+    del graph
+    name = next(each.name for each in found if each.name.startswith("FAISS IndexIVFPQ"))
+    probes, lists = (int(number) for number in name.split("(")[1].split(" lists")[0].split(" of "))
+    with tempfile.TemporaryDirectory() as folder:
+        table = pa.FixedSizeListArray.from_arrays(pa.array(flat.reconstruct_n(0, flat.ntotal).ravel()), arguments.dim)
+        dataset = lance.write_dataset(pa.table({"vector": table}), folder)
+        del table
+        dataset = dataset.create_index(
+            "vector", "IVF_PQ", metric="l2", num_partitions=lists, num_sub_vectors=num_codebooks
+        )
+
+        def ask(query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+            nearest = {"column": "vector", "q": query, "k": k, "nprobes": probes}
+            reply = dataset.scanner(columns=["_distance"], nearest=nearest, with_row_id=True).to_table()
+            return -reply["_distance"].to_numpy(), reply["_rowid"].to_numpy()
+
+        name = f"Lance IVF_PQ ({probes} of {lists} lists), trained"
+        rows.append(measure(name, one_by_one(ask), num_codebooks + 8, queries, arguments.k, FEW))
+    return rows
+
+
+def with_nanopq(exact: CodeIndex, words: np.ndarray, queries: np.ndarray, k: int) -> Found:
+    quantizer = nanopq.PQ(M=len(words), Ks=256, metric="dot", verbose=False)
+    quantizer.codewords, quantizer.Ds, codes = words, words.shape[2], exact.codes_array()
+
+    def ask(query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        scores = quantizer.dtable(query).adist(codes)
+        best = np.argpartition(-scores, k)[:k]
+        best = best[np.argsort(-scores[best])]
+        return scores[best], best
+
+    return measure("nanopq, the same codes", one_by_one(ask), len(words), queries, k, FEW)
+
+
+def sentence_transformers(flat: faiss.Index, queries: np.ndarray, k: int) -> list[Found]:
+    """Its search of signs and of 8-bit values, both rescored with the float query."""
+    sample, found = flat.reconstruct_n(0, TRAIN), []
+    ranges = np.stack([sample.min(axis=0), sample.max(axis=0)])
+    for precision, size in (("ubinary", flat.d // 8), ("uint8", 4 * flat.d)):
+        index = faiss.IndexBinaryFlat(flat.d) if precision == "ubinary" else faiss.IndexFlatIP(flat.d)
+        for start in range(0, flat.ntotal, 100_000):
+            part = flat.reconstruct_n(start, min(100_000, flat.ntotal - start))
+            index.add(quantize_embeddings(part, precision=precision, ranges=ranges))
+
+        def ask(asked: np.ndarray, k: int, index=index, precision=precision) -> tuple[np.ndarray, np.ndarray]:
+            options = {"corpus_index": index, "corpus_precision": precision, "ranges": ranges}
+            hits, _ = semantic_search_faiss(asked, top_k=k, rescore_multiplier=RESCORED, **options)
+            return tuple(np.array([[hit[key] for hit in each] for each in hits]) for key in ("score", "corpus_id"))
+
+        found.append(measure(f"sentence-transformers, {precision}, rescored", ask, size, queries, k, FEW))
+    return found
+
+
+def one_by_one(ask: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]) -> Search:
+    """A search of many queries from one of a single query."""
+
+    def search(queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        replies = [ask(query, k) for query in queries]
+        return tuple(np.stack(each) for each in zip(*replies, strict=True))
+
+    return search
+
+
+def measure(name: str, search: Search, size: float, queries: np.ndarray, k: int, count: int = 1000) -> Found:
+    """Speed and results; a slow way answers the first `count` queries, once."""
+    asked = queries[:count]
+    search(asked[:2], k)
+    batch = min(seconds(lambda: search(asked, k)) for _ in range(3 if count == len(queries) else 1))
+    single = float(np.median([seconds(lambda i=i: search(asked[i : i + 1], k)) for i in range(50)]))
+    scores, ids = search(asked, k)
+    return Found(name, size, len(asked) / batch, single, scores, ids)
+
+
+def recall(each: Found, truth: Found) -> float:
+    pairs = zip(each.ids, truth.ids[: len(each.ids)], strict=True)
+    return float(np.mean([len(np.intersect1d(*pair)) / len(pair[1]) for pair in pairs]))
 
 
 def row(each: Found, num_codebooks: int, base: Found, truth: Found, exact: faiss.Index, queries: np.ndarray) -> dict:
@@ -94,16 +218,38 @@ def row(each: Found, num_codebooks: int, base: Found, truth: Found, exact: faiss
     limits = base.scores[:, -1:] - 1e-6
     if coded and not np.abs(rescored(exact, queries, each.ids) - each.scores).max() <= 1e-5:
         raise RuntimeError(f"{each.name} returns scores that are not those of the codes")
-    recall = np.mean([len(np.intersect1d(*pair)) / len(pair[0]) for pair in zip(each.ids, truth.ids, strict=True)])
     return {
         "bytes": num_codebooks,
         "index": each.name,
-        "bytes a row": f"{each.bytes:g}",
+        "bytes a row": f"{each.bytes:.0f}",
         "batch, queries/s": f"{each.batch:,.0f} ({each.batch / base.batch:.1f})",
         "single, ms": f"{1e3 * each.single:.2f} ({base.single / each.single:.1f})",
         "of the exact codes": f"{(each.scores >= limits).mean():.4f}" if coded else "",
-        "recall": f"{recall:.3f}",
+        "recall": f"{recall(each, truth):.3f}",
     }
+
+
+def plot(points: list[tuple]) -> None:
+    """Recall over queries a second, one field for each number of bytes."""
+    sizes = sorted({size for size, *_ in points})
+    names = list(dict.fromkeys(name.split(" (")[0] for _, name, *_ in points))
+    figure, fields = plt.subplots(
+        1, len(sizes), figsize=(4.5 * len(sizes) + 3, 4.5), squeeze=False, layout="constrained"
+    )
+    for size, name, speed, share in points:
+        number = names.index(name.split(" (")[0])
+        ours = name.startswith("tcq_hf")
+        look = {"s": 90 if ours else 50, "marker": "*" if ours else "osD^vPX<>"[number % 9], "label": names[number]}
+        fields[0][sizes.index(size)].scatter(speed, share, color=plt.cm.tab20(number % 20), **look)
+    for field, size in zip(fields[0], sizes, strict=True):
+        field.set(xscale="log", xlabel="queries a second, batches", ylim=(0, 1.03), title=f"codes of {size} bytes")
+        field.grid(alpha=0.3)
+    fields[0][0].set_ylabel("recall of the nearest floats")
+    found = {
+        label: handle for field in fields[0] for handle, label in zip(*field.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(found.values(), found.keys(), loc="outside right upper", fontsize=8)
+    figure.savefig(ROOT / "docs" / "benchmarks" / "search.png", dpi=110)
 
 
 def rescored(exact: faiss.Index, queries: np.ndarray, ids: np.ndarray) -> np.ndarray:
