@@ -106,6 +106,7 @@ class IVFIndex(LearnedIndex, faiss.IndexIVFPQ):
     def remove_ids(self, x: Any) -> int:
         """Remove rows by number, int64 `[n]` or a FAISS selector; those behind move up. Gives how many went."""
         with self._lock.write():
+            self.make_direct_map(False)
             before = self.ntotal
             removed = super().remove_ids(x)
             kept = np.zeros(before, np.int64)
@@ -141,6 +142,8 @@ class IVFIndex(LearnedIndex, faiss.IndexIVFPQ):
 
     def _file(self, exact: CodeIndex) -> None:
         """Append the rows of an exact index, each to the list of its nearest centre."""
+        # FAISS changes no rows while it keeps a map of their places, which `reconstruct` of one row asks for.
+        self.make_direct_map(False)
         start, quantizer = self.ntotal, faiss.downcast_index(self.quantizer)
         for first in tqdm(range(0, exact.ntotal, _BLOCK_ROWS), desc="Rows into lists", delay=2):
             count = min(_BLOCK_ROWS, exact.ntotal - first)

@@ -93,6 +93,17 @@ def test_range_search_looks_into_all_lists(large):
         assert {*found[0][2][start:stop]} == {*found[1][2][start:stop]}
 
 
+def test_rows_are_restored_and_a_map_of_them_stands_in_no_ones_way(data):
+    codebooks, codes, _ = data
+    exact, ivf = (build_index(codebooks, codes[:2000], mode=mode) for mode in ("exact", "ivf"))
+    np.testing.assert_array_equal(ivf.reconstruct_n(7, 50), exact.reconstruct_n(7, 50))
+    for change in (lambda: ivf.add_codes(codes[:10]), lambda: ivf.remove_ids(np.arange(3))):
+        ivf.make_direct_map()
+        np.testing.assert_array_equal(ivf.reconstruct(5), exact.reconstruct(5))
+        change()
+    np.testing.assert_array_equal(ivf.codes_array(), np.concatenate([codes[3:2000], codes[:10]]))
+
+
 # --- Rows that change ------------------------------------------------------------------------------------------------
 
 
