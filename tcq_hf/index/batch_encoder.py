@@ -1,6 +1,5 @@
 """BatchEncoder: pictures of a batch in, codes and embeddings out, for any engine that calls it."""
 
-import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,8 +15,6 @@ from .streams import in_streams, stream_count
 if TYPE_CHECKING:
     from tcq_hf.model.image_processing_tcq import TCQImageProcessor
     from tcq_hf.model.modeling_tcq import TCQModel
-
-logger = logging.getLogger(__name__)
 
 
 class BatchEncoder:

@@ -1,11 +1,10 @@
 """ShardActors: an exact FAISS index whose rows live in several Ray actors."""
 
-import logging
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -13,11 +12,6 @@ from .code_index import CodeIndex, check_codebooks, check_vectors
 from .ray_encoding import import_ray
 from .segment_files import Segment, open_segment
 from .segments import SegmentedIndex, best_of
-
-if TYPE_CHECKING:
-    pass
-
-logger = logging.getLogger(__name__)
 
 # Reads codes uint8 `[n, M]` and ids int64 `[n]`.
 _Load = Callable[[], tuple[np.ndarray, np.ndarray]]

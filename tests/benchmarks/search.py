@@ -85,9 +85,9 @@ def compare(num_codebooks: int, arguments: argparse.Namespace) -> tuple[list[dic
     truth = measure("IndexFlatIP", flat.search, 4 * arguments.dim, queries, arguments.k)
     base = measure("tcq_hf, exact", exact.search, num_codebooks, queries, arguments.k)
     found = [truth, base]
-    found += learned(exact, words, queries, arguments)
-    found += trained(flat, num_codebooks, found[-1], queries, arguments)
-    found += graph_and_lance(flat, num_codebooks, found, queries, arguments)
+    coded, lists = learned(exact, words, queries, arguments)
+    found += [*coded, *trained(flat, num_codebooks, lists, queries, arguments)]
+    found += graph_and_lance(flat, num_codebooks, lists, queries, arguments)
     found.append(with_nanopq(exact, words, queries, arguments.k))
     if num_codebooks == arguments.dim // 8:  # as many bytes as signs
         found += sentence_transformers(flat, queries, arguments.k)
@@ -95,29 +95,31 @@ def compare(num_codebooks: int, arguments: argparse.Namespace) -> tuple[list[dic
     return lines, [(each.name, each.batch, recall(each, truth)) for each in found]
 
 
-def learned(exact: CodeIndex, words: np.ndarray, queries: np.ndarray, arguments: argparse.Namespace) -> list[Found]:
-    """The fast and the ivf index of the same codes."""
+def learned(
+    exact: CodeIndex, words: np.ndarray, queries: np.ndarray, arguments: argparse.Namespace
+) -> tuple[list[Found], tuple[int, int]]:
+    """The fast and the ivf index of the same codes; how many lists the latter looks into, and has."""
     codes, size, k = exact.codes_array(), len(words), arguments.k
     fast = build_index(words, codes, mode="fast")
     ivf = build_index(words, codes, mode="ivf")
-    return [
+    found = [
         measure(f"tcq_hf, fast (depth {fast.k_factor:.0f})", fast.search, scanned_bytes(fast), queries, k),
         measure(f"tcq_hf, ivf ({ivf.nprobe} of {ivf.nlist} lists)", ivf.search, size + 8, queries, k),
     ]
+    return found, (ivf.nprobe, ivf.nlist)
 
 
 def trained(
-    flat: faiss.Index, num_codebooks: int, ivf: Found, queries: np.ndarray, arguments: argparse.Namespace
+    flat: faiss.Index, num_codebooks: int, lists: tuple[int, int], queries: np.ndarray, arguments: argparse.Namespace
 ) -> list[Found]:
     """Quantizers that FAISS trained on the rows, the inverted lists as many as ours."""
-    probes, lists = (int(number) for number in ivf.name.removeprefix("tcq_hf, ivf (").split(" lists")[0].split(" of "))
     dim, metric, found = arguments.dim, faiss.METRIC_INNER_PRODUCT, []
-    residual = faiss.IndexIVFPQ(faiss.IndexFlatIP(dim), dim, lists, num_codebooks, 8, metric)
-    residual.nprobe = probes
+    residual = faiss.IndexIVFPQ(faiss.IndexFlatIP(dim), dim, lists[1], num_codebooks, 8, metric)
+    residual.nprobe = lists[0]
     for name, index, size in (
         ("IndexPQ", faiss.IndexPQ(dim, num_codebooks, 8, metric), num_codebooks),
         ("IndexPQFastScan", faiss.IndexPQFastScan(dim, 2 * num_codebooks, 4, metric), num_codebooks),
-        (f"IndexIVFPQ ({probes} of {lists} lists)", residual, num_codebooks + 8),
+        (f"IndexIVFPQ ({lists[0]} of {lists[1]} lists)", residual, num_codebooks + 8),
     ):
         index.train(flat.reconstruct_n(0, TRAIN))
         add(index, flat)
@@ -126,7 +128,7 @@ def trained(
 
 
 def graph_and_lance(
-    flat: faiss.Index, num_codebooks: int, found: list[Found], queries: np.ndarray, arguments: argparse.Namespace
+    flat: faiss.Index, num_codebooks: int, lists: tuple[int, int], queries: np.ndarray, arguments: argparse.Namespace
 ) -> list[Found]:
     """HNSW over the floats, and the IVF_PQ that Lance trains."""
     graph = faiss.IndexHNSWFlat(arguments.dim, 32, faiss.METRIC_INNER_PRODUCT)
@@ -136,22 +138,20 @@ def graph_and_lance(
     size = 4 * arguments.dim + links / flat.ntotal
     rows = [measure("FAISS HNSW32, ef 128", graph.search, size, queries, arguments.k)]
     del graph
-    name = next(each.name for each in found if each.name.startswith("FAISS IndexIVFPQ"))
-    probes, lists = (int(number) for number in name.split("(")[1].split(" lists")[0].split(" of "))
     with tempfile.TemporaryDirectory() as folder:
         table = pa.FixedSizeListArray.from_arrays(pa.array(flat.reconstruct_n(0, flat.ntotal).ravel()), arguments.dim)
         dataset = lance.write_dataset(pa.table({"vector": table}), folder)
         del table
         dataset = dataset.create_index(
-            "vector", "IVF_PQ", metric="l2", num_partitions=lists, num_sub_vectors=num_codebooks
+            "vector", "IVF_PQ", metric="l2", num_partitions=lists[1], num_sub_vectors=num_codebooks
         )
 
         def ask(query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-            nearest = {"column": "vector", "q": query, "k": k, "nprobes": probes}
+            nearest = {"column": "vector", "q": query, "k": k, "nprobes": lists[0]}
             reply = dataset.scanner(columns=["_distance"], nearest=nearest, with_row_id=True).to_table()
             return -reply["_distance"].to_numpy(), reply["_rowid"].to_numpy()
 
-        name = f"Lance IVF_PQ ({probes} of {lists} lists), trained"
+        name = f"Lance IVF_PQ ({lists[0]} of {lists[1]} lists), trained"
         rows.append(measure(name, one_by_one(ask), num_codebooks + 8, queries, arguments.k, FEW))
     return rows
 
