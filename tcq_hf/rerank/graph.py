@@ -1,12 +1,19 @@
-"""Vectors in, the graph of their nearest neighbours and how well it hangs together out. NumPy, SciPy and torch only."""
+"""Vectors or an index in, the graph of their nearest neighbours and how well it hangs together out."""
 
+import os
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from scipy import sparse
+from tqdm.auto import tqdm
+
+from tcq_hf.index.writing import written_aside
 
 # One block of scores: 64 MiB of float32.
 _SCORES_AT_ONCE = 2**24
@@ -14,6 +21,9 @@ _SCORES_AT_ONCE = 2**24
 _ROWS_AT_ONCE = 8192
 # Above the rounding of a cosine in float32, below any difference that means something.
 _TIE = 1e-6
+# Up to so many rows all pairs are compared; rows that ask an index at a time.
+_EXACT_ROWS, _ASKED_AT_ONCE = 100_000, 1000
+_KIND = "tcq_hf.KNNGraph"
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,26 +31,42 @@ class KNNGraph:
     """The k nearest neighbours of each of n rows; no row is its own neighbour.
 
     Args:
-        neighbours: int64 `[n, k]`, best first.
-        scores: float32 `[n, k]`, inner products, larger is closer.
+        neighbours: int64 `[n, k]`, best first; -1 where a row has fewer, behind all others.
+        scores: float32 `[n, k]`, inner products, larger is closer; not looked at where the neighbour is -1.
+        vectors: float32 `[n, D]` of unit norm, which append and query expansion need, or None.
 
     Raises:
-        ValueError: If the shapes differ, a neighbour is no row, or a row its own neighbour.
+        ValueError: If the shapes differ, a neighbour is no row, twice the same or the row itself, or a score is NaN.
     """
 
     neighbours: np.ndarray
     scores: np.ndarray
+    vectors: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         shape, rows = self.neighbours.shape, np.arange(len(self.neighbours))
         if len(shape) != 2 or shape != self.scores.shape:
             raise ValueError(f"neighbours and scores must have one shape [n, k], got {shape} and {self.scores.shape}")
-        wrong = (self.neighbours < 0) | (self.neighbours >= shape[0]) | (self.neighbours == rows[:, None])
+        missing = self.neighbours == -1
+        wrong = (self.neighbours < -1) | (self.neighbours >= shape[0]) | (self.neighbours == rows[:, None])
+        wrong[:, 1:] |= missing[:, :-1] & ~missing[:, 1:]
         if wrong.any():
             raise ValueError(
-                f"neighbours must be other rows, from 0 to {shape[0] - 1}, those of row {wrong.any(axis=1).argmax()} "
-                "are not"
+                f"neighbours must be other rows, from 0 to {shape[0] - 1}, with -1 behind them where there are fewer; "
+                f"those of row {wrong.any(axis=1).argmax()} are not"
             )
+        ordered = np.sort(self.neighbours, axis=1)
+        twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(axis=1)
+        if twice.any():
+            raise ValueError(f"row {twice.argmax()} names one neighbour twice")
+        unknown = (np.isnan(self.scores) & ~missing).any(axis=1)
+        if unknown.any():
+            raise ValueError(f"scores must be numbers, one of row {unknown.argmax()} is NaN")
+        if self.vectors is not None and (self.vectors.ndim != 2 or len(self.vectors) != shape[0]):
+            raise ValueError(f"vectors must be [{shape[0]}, D], got {list(self.vectors.shape)}")
+
+    def __len__(self) -> int:
+        return len(self.neighbours)
 
     @classmethod
     def build(cls, vectors: np.ndarray, k: int, seed: int = 0) -> "KNNGraph":
@@ -57,22 +83,101 @@ class KNNGraph:
         Raises:
             ValueError: If shape, type or k is impossible, or a row is not finite or too long for float32.
         """
-        rows = F.normalize(_checked(vectors, k), dim=1)
-        n = len(rows)
-        generator = torch.Generator().manual_seed(seed)
-        # A row draws where in one list of random numbers it begins: a number for each pair would take most of the time.
-        drawn = (_TIE * torch.rand(2 * n, generator=generator)).unfold(0, n, 1)
-        begins = torch.randperm(n, generator=generator)
-        neighbours, scores = [], []
-        for start in range(0, n, step := max(1, _SCORES_AT_ONCE // n)):
-            block = rows[start : start + step] @ rows.T
-            own = torch.arange(len(block))
-            block[own, start + own] = -torch.inf
-            # Cosines of equal vectors are near 1, where float32 is too coarse for what is added; near 0 it is not.
-            best = (block - 1).add_(drawn[begins[start : start + step]]).topk(k, dim=1).indices
-            neighbours.append(best)
-            scores.append(block.gather(1, best))
-        return cls(torch.cat(neighbours).numpy(), torch.cat(scores).numpy())
+        rows = F.normalize(_checked(vectors), dim=1)
+        if not 1 <= k < len(rows):
+            raise ValueError(f"k must be from 1 to {len(rows) - 1}, the other rows, got {k}")
+        return cls(*_nearest(rows, rows, k, 0, seed), rows.numpy())
+
+    @classmethod
+    def from_index(cls, index: Any, k: int, seed: int = 0) -> "KNNGraph":
+        """Nearest neighbours of the rows of an index from `build_index`, by cosine of what their codes restore.
+
+        Up to 100,000 rows they are exact. Of more, each row asks the index: a fast or ivf one answers a million in
+        minutes and misses some; rows of equal codes then name each other in the order in which the index has them.
+
+        Args:
+            index: `CodeIndex`, `FastIndex` or `IVFIndex` on the CPU.
+            k: Neighbours of a row, from 1 to n - 1.
+            seed: Seed of the order of ties, up to 100,000 rows.
+
+        Raises:
+            TypeError: For another index; give its vectors to `build`.
+            ValueError: If k is impossible.
+        """
+        if not hasattr(index, "codebooks"):
+            raise TypeError(f"a {type(index).__name__} has no learned codes; use KNNGraph.build(vectors, k)")
+        if not 1 <= k < index.ntotal:
+            raise ValueError(f"k must be from 1 to {index.ntotal - 1}, the other rows, got {k}")
+        vectors = index.reconstruct_n(0, index.ntotal)
+        if len(vectors) <= _EXACT_ROWS:
+            return cls.build(vectors, k, seed)
+        neighbours, scores = np.empty((len(vectors), k), np.int64), np.empty((len(vectors), k), np.float32)
+        blocks = tqdm(range(0, len(vectors), _ASKED_AT_ONCE), desc="Finding neighbours", unit="block", delay=2)
+        for start in blocks:
+            block = slice(start, start + _ASKED_AT_ONCE)
+            found, ids = index.search(vectors[block], k + 1)
+            neighbours[block], scores[block] = _without(ids, found, np.arange(start, start + len(ids)))
+        # A restored vector consists of M sub-vectors of unit norm.
+        num_codebooks = len(index.codebooks())
+        vectors /= np.float32(np.sqrt(num_codebooks))
+        return cls(neighbours, scores / np.float32(num_codebooks), vectors)
+
+    def append(self, vectors: np.ndarray, seed: int = 0) -> "KNNGraph":
+        """The graph of these rows and of more: that of all from anew, but for the order of ties.
+
+        Args:
+            vectors: Float `[m, D]` of the rows that come behind.
+            seed: Seed of the order of ties.
+
+        Raises:
+            ValueError: If the graph has no vectors, or these are of another width or not finite.
+        """
+        if self.vectors is None:
+            raise ValueError("a graph without vectors cannot grow; make it with KNNGraph.build")
+        new, old = F.normalize(_checked(vectors), dim=1), torch.from_numpy(self.vectors)
+        if new.shape[1] != old.shape[1]:
+            raise ValueError(f"vectors must be {old.shape[1]} wide, as those of the graph, got {new.shape[1]}")
+        rows, k = torch.cat([old, new]), self.neighbours.shape[1]
+        added = _nearest(new, rows, k, len(old), seed)
+        nearer = _nearest(old, new, min(k, len(new)), None, seed)
+        kept = np.where(self.neighbours < 0, -np.inf, self.scores)
+        scores = np.concatenate([kept, nearer[1]], axis=1)
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        both = np.concatenate([self.neighbours, nearer[0] + len(old)], axis=1)
+        neighbours, scores = (np.take_along_axis(each, best, axis=1) for each in (both, scores))
+        parts = ((neighbours, added[0]), (scores.astype(np.float32), added[1]))
+        return KNNGraph(*(np.concatenate(part) for part in parts), rows.numpy())
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the graph as one safetensors file, whole or not at all."""
+        tensors = {"neighbours": self.neighbours, "scores": self.scores}
+        if self.vectors is not None:
+            tensors["vectors"] = self.vectors
+        contiguous = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
+        with written_aside(Path(path)) as aside:
+            save_file(contiguous, aside, metadata={"format": "np", "kind": _KIND})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "KNNGraph":
+        """Read a graph that `save` wrote.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is damaged or holds something else.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no graph file {path}")
+        try:
+            with safe_open(path, "np") as file:
+                kind, tensors = (
+                    (file.metadata() or {}).get("kind"),
+                    {name: file.get_tensor(name) for name in file.keys()},
+                )
+        except SafetensorError as error:
+            raise ValueError(f"graph file {path} is damaged: {error}") from error
+        if kind != _KIND:
+            raise ValueError(f"{path} holds no graph of nearest neighbours")
+        return cls(**tensors)
 
     def adjacency(self, mutual: bool = False) -> sparse.csr_array:
         """Edges between rows that name each other, symmetric float32 `[n, n]`: scores, negative ones as 0.
@@ -83,7 +188,7 @@ class KNNGraph:
         Args:
             mutual: Only where both name the other; by default where one does.
         """
-        directed = _rows_to(self.neighbours, np.maximum(self.scores, np.finfo(np.float32).tiny))
+        directed = rows_to(self.neighbours, np.maximum(self.scores, np.finfo(np.float32).tiny))
         return directed.minimum(directed.T).tocsr() if mutual else directed.maximum(directed.T).tocsr()
 
 
@@ -104,11 +209,11 @@ def quality(graph: KNNGraph, kind: Literal["authority", "reciprocal"] = "authori
     """
     if kind not in ("authority", "reciprocal"):
         raise ValueError(f"kind must be 'authority' or 'reciprocal', got {kind!r}")
-    n = len(graph.neighbours)
+    n = len(graph)
     ranked = np.concatenate([np.arange(n)[:, None], graph.neighbours], axis=1)
     k = ranked.shape[1]
     weights = np.ones(k) if kind == "authority" else 1 / np.arange(1, k + 1)
-    members, weighted = _rows_to(ranked, np.ones((n, k))), _rows_to(ranked, np.tile(weights, (n, 1)))
+    members, weighted = rows_to(ranked, np.ones((n, k))), rows_to(ranked, np.tile(weights, (n, 1)))
     total = 0.0
     for start in range(0, n, _ROWS_AT_ONCE):
         block = slice(start, start + _ROWS_AT_ONCE)
@@ -117,21 +222,57 @@ def quality(graph: KNNGraph, kind: Literal["authority", "reciprocal"] = "authori
     return float(total / (n * k * k))
 
 
-def _rows_to(columns: np.ndarray, values: np.ndarray) -> sparse.csr_array:
-    """Sparse `[n, n]` with `values` `[n, k]` at `columns` `[n, k]` of each row."""
-    n, k = columns.shape
-    return sparse.csr_array((values.ravel(), columns.ravel(), np.arange(0, n * k + 1, k)), shape=(n, n))
+def rows_to(columns: np.ndarray, values: np.ndarray, width: int | None = None) -> sparse.csr_array:
+    """Sparse `[n, width]` with `values` `[n, k]` at `columns` `[n, k]` of each row, none where a column is -1.
+
+    Args:
+        columns: int64 `[n, k]`.
+        values: `[n, k]`.
+        width: Columns of the result; n by default.
+    """
+    n, there = len(columns), columns >= 0
+    starts = np.concatenate([[0], there.sum(axis=1).cumsum()])
+    return sparse.csr_array((values[there], columns[there], starts), shape=(n, n if width is None else width))
 
 
-def _checked(vectors: np.ndarray, k: int) -> torch.Tensor:
+def _nearest(
+    rows: torch.Tensor, base: torch.Tensor, k: int, own: int | None, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k nearest of `base` `[n, D]` to each row, int64 and float32 `[m, k]`; row 0 is number `own` of the base."""
+    n = len(base)
+    generator = torch.Generator().manual_seed(seed)
+    # A row draws where in one list of random numbers it begins: a number for each pair would take most of the time.
+    drawn = (_TIE * torch.rand(2 * n, generator=generator)).unfold(0, n, 1)
+    begins = torch.randint(n + 1, (len(rows),), generator=generator) if own is None else None
+    if begins is None:
+        begins = torch.randperm(n, generator=generator)[own : own + len(rows)]
+    neighbours, scores = [], []
+    for start in range(0, len(rows), step := max(1, _SCORES_AT_ONCE // n)):
+        block = rows[start : start + step] @ base.T
+        if own is not None:
+            places = torch.arange(len(block))
+            block[places, own + start + places] = -torch.inf
+        # Cosines of equal vectors are near 1, where float32 is too coarse for what is added; near 0 it is not.
+        best = (block - 1).add_(drawn[begins[start : start + step]]).topk(k, dim=1).indices
+        neighbours.append(best)
+        scores.append(block.gather(1, best))
+    return torch.cat(neighbours).numpy(), torch.cat(scores).numpy()
+
+
+def _without(ids: np.ndarray, scores: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lists `[n, k + 1]` without the row's own number, or, where copies have crowded it out, without the last."""
+    mine = (ids == own[:, None]) & (ids >= 0)
+    mine[~mine.any(axis=1), -1] = True
+    return ids[~mine].reshape(len(ids), -1), scores[~mine].reshape(len(ids), -1)
+
+
+def _checked(vectors: np.ndarray) -> torch.Tensor:
     """Vectors as float32 `[n, D]`."""
     vectors = np.asarray(vectors)
     if vectors.ndim != 2 or not vectors.size or vectors.dtype.kind != "f":
         raise ValueError(
             f"vectors must be float [n, D], codes restored first, got {vectors.dtype} {list(vectors.shape)}"
         )
-    if not 1 <= k < len(vectors):
-        raise ValueError(f"k must be from 1 to {len(vectors) - 1}, the other rows, got {k}")
     rows = torch.from_numpy(vectors.astype(np.float32))
     fit = rows.norm(dim=1).isfinite()
     if not fit.all():

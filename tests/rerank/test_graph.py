@@ -1,10 +1,13 @@
 """graph: neighbours against a full sort, adjacency against a loop, quality against its definition and with labels."""
 
+import faiss
 import numpy as np
 import pytest
 import scipy.ndimage
+from safetensors.numpy import save_file
 from sklearn.datasets import load_digits
 
+from tcq_hf import build_index
 from tcq_hf.evaluation.metrics import evaluate
 from tcq_hf.rerank import graph as module
 from tcq_hf.rerank.graph import KNNGraph, quality
@@ -94,13 +97,122 @@ def test_impossible_vectors_are_refused(vectors, k, message):
         KNNGraph.build(vectors, k)
 
 
+# --- From an index, appended, on disk --------------------------------------------------------------------------------
+
+
+def codes_of(rows=60, books=4, words=8, seed=0):
+    return np.random.default_rng(seed).integers(words, size=(rows, books)).astype(np.uint8)
+
+
+def codebooks_of(books=4, words=8, width=3):
+    return unit(vectors_of(books * words, width)).reshape(books, words, width)
+
+
+def distinct_codes(rows):
+    return np.unique(codes_of(2 * rows), axis=0)[np.random.default_rng(1).permutation(rows)]
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast", "ivf"])
+@pytest.mark.parametrize("exact_rows", [0, 100_000])
+def test_the_graph_of_an_index_is_that_of_its_restored_vectors(monkeypatch, mode, exact_rows):
+    monkeypatch.setattr(module, "_EXACT_ROWS", exact_rows)
+    monkeypatch.setattr(module, "_ASKED_AT_ONCE", 7)
+    codebooks, codes = codebooks_of(), distinct_codes(60)
+    index = build_index(codebooks, codes, mode)
+    if mode == "ivf":
+        index.nprobe = index.nlist
+    restored = codebooks[np.arange(4), codes].reshape(60, -1)
+    graph, expected = KNNGraph.from_index(index, 5), KNNGraph.build(restored, 5)
+    np.testing.assert_allclose(graph.vectors, restored / 2, atol=1e-6)
+    np.testing.assert_allclose(graph.scores, expected.scores, atol=2e-6)
+    cosines = (restored @ restored.T / 4)[np.arange(60)[:, None], graph.neighbours]
+    np.testing.assert_allclose(graph.scores, cosines, atol=2e-6)
+
+
+def test_rows_of_one_code_never_name_themselves_in_an_index(monkeypatch):
+    monkeypatch.setattr(module, "_EXACT_ROWS", 0)
+    index = build_index(codebooks_of(), np.zeros((50, 4), np.uint8))
+    graph = KNNGraph.from_index(index, 3)
+    assert not (graph.neighbours == np.arange(50)[:, None]).any()
+    np.testing.assert_allclose(graph.scores, 1, atol=1e-6)
+
+
+def test_an_index_without_codes_or_rows_is_refused():
+    with pytest.raises(TypeError, match=r"a IndexFlatIP has no learned codes; use KNNGraph.build"):
+        KNNGraph.from_index(faiss.IndexFlatIP(4), 3)
+    with pytest.raises(ValueError, match="k must be from 1 to 9, the other rows, got 10"):
+        KNNGraph.from_index(build_index(codebooks_of(), codes_of(10)), 10)
+
+
+@pytest.mark.parametrize("added", [1, 4, 30])
+def test_an_appended_graph_is_that_of_all_rows(added):
+    vectors = vectors_of()
+    grown = KNNGraph.build(vectors[: 60 - added], 7).append(vectors[60 - added :])
+    expected = KNNGraph.build(vectors, 7)
+    np.testing.assert_array_equal(grown.neighbours, expected.neighbours)
+    np.testing.assert_allclose(grown.scores, expected.scores, atol=1e-6)
+    np.testing.assert_allclose(grown.vectors, expected.vectors, atol=1e-7)
+
+
+def test_appended_rows_fill_lists_that_are_short():
+    graph = KNNGraph(np.array([[1, -1], [0, -1]]), np.array([[0.5, 0], [0.5, 0]], np.float32), np.eye(2, 3).astype("f"))
+    grown = graph.append(np.array([[1.0, 0, 1]]))
+    assert grown.neighbours.tolist() == [[2, 1], [0, 2], [0, 1]]
+
+
+def test_what_cannot_be_appended_is_refused():
+    graph = KNNGraph.build(vectors_of(), 3)
+    with pytest.raises(ValueError, match="vectors must be 5 wide, as those of the graph, got 4"):
+        graph.append(vectors_of(3, 4))
+    with pytest.raises(ValueError, match="row 0 is not"):
+        graph.append(np.full((1, 5), np.nan, np.float32))
+    with pytest.raises(ValueError, match="a graph without vectors cannot grow"):
+        KNNGraph(graph.neighbours, graph.scores).append(vectors_of(3))
+
+
+@pytest.mark.parametrize("with_vectors", [True, False])
+def test_a_saved_graph_is_the_graph(tmp_path, with_vectors):
+    graph = KNNGraph.build(vectors_of(), 3)
+    graph = graph if with_vectors else KNNGraph(graph.neighbours, graph.scores)
+    graph.save(tmp_path / "graph.safetensors")
+    found = KNNGraph.load(tmp_path / "graph.safetensors")
+    assert list(tmp_path.iterdir()) == [tmp_path / "graph.safetensors"]
+    for name in ("neighbours", "scores", "vectors"):
+        before, after = getattr(graph, name), getattr(found, name)
+        assert (before is None and after is None) or (before.dtype == after.dtype and (before == after).all())
+
+
+def test_a_damaged_foreign_or_missing_graph_file_is_refused(tmp_path):
+    path = tmp_path / "graph.safetensors"
+    with pytest.raises(FileNotFoundError, match="no graph file"):
+        KNNGraph.load(path)
+    KNNGraph.build(vectors_of(), 3).save(path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="is damaged"):
+        KNNGraph.load(path)
+    save_file({"neighbours": np.zeros((2, 1), np.int64)}, path)
+    with pytest.raises(ValueError, match="holds no graph of nearest neighbours"):
+        KNNGraph.load(path)
+
+
+def test_a_row_without_neighbours_has_no_edges():
+    graph = KNNGraph(np.array([[1, -1], [0, -1], [-1, -1]]), np.array([[0.5, 0]] * 3, np.float32))
+    for mutual in (True, False):
+        assert graph.adjacency(mutual).nnz == 2
+    # N_q of the first two is both, that of the third itself: (2 x 2 x 2 + 1) / (3 x 3 x 3).
+    assert quality(graph) == pytest.approx(9 / 27)
+
+
 @pytest.mark.parametrize(
     ("neighbours", "scores", "message"),
     [
+        ([[1, 1], [0, -1]], [[1.0, 1], [1, 1]], "row 0 names one neighbour twice"),
+        ([[-1, 1], [0, -1]], [[1.0, 1], [1, 1]], "those of row 0 are not"),
+        ([[1], [0]], [[1.0], [np.nan]], "scores must be numbers, one of row 1 is NaN"),
         ([1, 0], [1.0, 1.0], r"must have one shape \[n, k\], got \(2,\)"),
         ([[1], [0]], [[1.0, 1.0], [1.0, 1.0]], r"got \(2, 1\) and \(2, 2\)"),
-        ([[1], [2]], [[1.0], [1.0]], "from 0 to 1, those of row 1 are not"),
-        ([[0], [0]], [[1.0], [1.0]], "must be other rows, from 0 to 1, those of row 0 are not"),
+        ([[1], [2]], [[1.0], [1.0]], "from 0 to 1, with -1 .* those of row 1 are not"),
+        ([[0], [0]], [[1.0], [1.0]], "must be other rows, from 0 to 1, .* those of row 0 are not"),
     ],
 )
 def test_impossible_graphs_are_refused(neighbours, scores, message):
