@@ -17,7 +17,8 @@ from tcq_hf import TCQImageProcessor, TCQModel, hub
 
 FILES = {
     *("README.md", "config.json", "preprocessor_config.json", "model.safetensors", "index.faiss", "index.faiss.json"),
-    *("backbone_tcq.py", "configuration_tcq.py", "image_processing_tcq.py", "modeling_tcq.py", "quantization_tcq.py"),
+    *("backbone_tcq.py", "configuration_tcq.py", "image_processing_tcq.py", "modeling_tcq.py", "projection_tcq.py"),
+    "quantization_tcq.py",
 }
 
 CARD = """\

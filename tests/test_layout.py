@@ -137,6 +137,8 @@ LIGHT = (
     "ivf_index",
     "locks",
     "sample_queries",
+    "transform_steps",
+    "transforms",
     "writing",
 )
 
@@ -150,7 +152,7 @@ def test_the_index_itself_needs_faiss_and_numpy_only(module):
     assert not found & {"torch", "transformers", "timm", "datasets", "tcq_hf"}
 
 
-@pytest.mark.parametrize("file", ["metrics.py", "ranking.py"])
+@pytest.mark.parametrize("file", ["metrics.py", "ranking.py", "list_metrics.py"])
 def test_metrics_need_numpy_only(file):
     tree = ast.parse((PACKAGE / "evaluation" / file).read_text(encoding="utf-8"))
     named = {target for node in ast.walk(tree) for target in targets(node, ["tcq_hf", "evaluation"])}

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
@@ -16,6 +15,7 @@ from transformers.utils import ModelOutput
 
 from .backbone_tcq import create_backbone, feature_width, pretrained_backbone, rest_frozen, supports_checkpointing
 from .configuration_tcq import TCQConfig
+from .projection_tcq import Projection, rotated_pca, rotated_transform
 from .quantization_tcq import ProductQuantizer
 
 # Bytes; torch allocates on such borders.
@@ -37,17 +37,6 @@ class TCQOutput(ModelOutput):
     codes: torch.Tensor | None = None
     reconstruction: torch.FloatTensor | None = None
     assignments: torch.FloatTensor | None = None
-
-
-class Projection(nn.Linear):
-    """Affine map of features at one length: each row `[F]` is scaled to root mean square 1 before.
-
-    How long a feature is says little of what a picture shows, and differs between backbones by orders of magnitude.
-    """
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """float32 `[N, D]` of features `[N, F]`."""
-        return super().forward(_at_one_length(features))
 
 
 class TCQModel(PreTrainedModel):
@@ -174,7 +163,12 @@ class TCQModel(PreTrainedModel):
 
     @torch.no_grad()
     def initialize(
-        self, features: torch.Tensor | np.ndarray | None = None, *, embeddings: Any = None, seed: int = 0
+        self,
+        features: torch.Tensor | np.ndarray | None = None,
+        *,
+        embeddings: Any = None,
+        transform: Any = None,
+        seed: int = 0,
     ) -> "TCQModel":
         """Fit projection and codebooks to pictures without labels: PCA map, random rotation, spherical k-means.
 
@@ -182,19 +176,29 @@ class TCQModel(PreTrainedModel):
         orthogonal matrix, so that every sub-space carries the same share of the variance. The codebooks become the
         spherical k-means centroids of the resulting sub-vectors.
 
+        A transform takes the place of the PCA and is turned like it: what comes out of it stands in the order of its
+        variance, and sub-vectors lose their length, so that the first would count no more than the last. One that is
+        `rotated` already stays as it is. The weights are scaled to the size that those of the PCA have.
+
         Args:
             features: `[n, F]` backbone features of n >= K pictures.
             embeddings: `[n, D]` instead of `features`: sets the codebooks only and leaves the projection.
+            transform: A fitted chain of `tcq_hf.index.transforms` from F to D dimensions that begins with `"l2"`, or
+                any object whose `linear()` gives weight `[D, F]` and bias `[D]` of a map of features at unit norm.
             seed: Seed of rotation and clustering; equal seeds give equal weights.
 
         Returns:
             The model itself.
 
         Raises:
-            ValueError: If the shape is wrong, a value is not finite, or there are fewer rows than codewords.
+            TypeError: If `transform` has no `linear()`.
+            ValueError: If the shape is wrong, a value is not finite, there are fewer rows than codewords, or the
+                transform is of other dimensions or of features at the lengths that they have.
         """
         if (features is None) == (embeddings is None):
             raise ValueError("give exactly one of features and embeddings")
+        if transform is not None and embeddings is not None:
+            raise ValueError("transform starts the projection, which embeddings leave as it is; give features with it")
         name, given, width = (
             ("features", features, self.projection.in_features)
             if embeddings is None
@@ -212,7 +216,10 @@ class TCQModel(PreTrainedModel):
         if broken.any():
             raise ValueError(f"{name} row {int(broken.nonzero()[0])} is not finite")
         if embeddings is None:
-            weight, bias = _rotated_pca(rows, self.config.embedding_dim, seed)
+            if transform is None:
+                weight, bias = rotated_pca(rows, self.config.embedding_dim, seed)
+            else:
+                weight, bias = rotated_transform(transform, rows, self.config.embedding_dim, seed)
             self.projection.weight.copy_(weight)
             self.projection.bias.copy_(bias)
             rows = self.projection(rows.to(self.projection.weight.dtype))
@@ -268,33 +275,6 @@ def _align(model: nn.Module) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu" and tensor.data_ptr() % _CACHE_LINE:
             tensor.data = tensor.data.clone()
-
-
-def _at_one_length(features: torch.Tensor) -> torch.Tensor:
-    return F.rms_norm(features, features.shape[-1:], eps=1e-12)
-
-
-def _rotated_pca(rows: torch.Tensor, width: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight `[D, F]` and bias `[D]` of the centred PCA map followed by a random matrix with orthonormal columns.
-
-    The rows are those of features, at any length; the map is one of rows at one length.
-    """
-    mean = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
-    for block in rows.split(16384):
-        mean += _at_one_length(block.double()).sum(dim=0) / len(rows)
-    covariance = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
-    for block in rows.split(16384):
-        centred = _at_one_length(block.double()) - mean
-        covariance += centred.T @ centred
-    rank = min(width, rows.shape[1])
-    directions = torch.linalg.eigh(covariance).eigenvectors[:, -rank:].flip(1).T
-    # The sign of an eigenvector is arbitrary: fix it, so that one seed gives one map on every machine.
-    directions = directions * directions.gather(1, directions.abs().argmax(dim=1, keepdim=True)).sign()
-    generator = torch.Generator().manual_seed(seed)
-    gaussian = torch.randn(width, rank, generator=generator, dtype=torch.float64)
-    rotation = torch.linalg.qr(gaussian).Q.to(rows.device)
-    weight = rotation @ directions
-    return weight.float(), -(weight @ mean).float()
 
 
 __all__ = ["TCQModel", "TCQOutput"]

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from tcq_hf import TCQConfig, TCQModel, TCQOutput
+from tcq_hf.index.transforms import Step, fit_chain
 
 EPS = torch.finfo(torch.float32).eps
 SMALL = {"embedding_dim": 16, "num_codebooks": 4, "codebook_size": 4}
@@ -390,6 +392,154 @@ def test_initialize_refuses_neither_and_both(model):
         model.initialize()
     with pytest.raises(ValueError, match="exactly one"):
         model.initialize(draw(20, 32), embeddings=draw(20, 32))
+
+
+# initialize from a transform
+
+
+def of_unequal_lengths(count=300):
+    return features_with_offset(count) * torch.linspace(1, 9, count)[:, None]
+
+
+def transform(*steps, features=None):
+    return fit_chain(steps, train=(of_unequal_lengths() if features is None else features).numpy())
+
+
+def test_a_transform_that_is_rotated_is_the_projection_as_it_stands():
+    model, features = build("vit_tiny_patch16_224"), of_unequal_lengths()
+    chain = transform(Step("l2"), Step("pca-whitening", 16), Step("rotation"), Step("l2"))
+    model.initialize(features, transform=chain)
+    expected = torch.from_numpy(chain.apply(features.numpy())).view(300, 4, 4)
+    expected = expected / expected.norm(dim=2, keepdim=True)
+    # Rounding of weight, bias and product: (F + 8) eps of the sum of magnitudes, over the length of the sub-vector.
+    weight, bias = model.projection.weight.detach(), model.projection.bias.detach()
+    size = (at_one_length(features).abs() @ weight.abs().T + bias.abs()).view(300, 4, 4).norm(dim=2, keepdim=True)
+    with torch.no_grad():
+        length = model.projection(features).view(300, 4, 4).norm(dim=2, keepdim=True)
+    bound = 2 * (32 + 8) * EPS * size / length
+    assert ((model(features=features).embeddings.view(300, 4, 4) - expected).abs() <= bound).all()
+    assert bound.median() < 1e-3
+
+
+def test_a_transform_in_the_order_of_its_variance_is_rotated():
+    model = build("vit_tiny_patch16_224", embedding_dim=32, num_codebooks=2)
+    features = draw(200, 32) * torch.tensor([100.0] + [0.01] * 31)
+    model.initialize(features, transform=transform(Step("l2"), Step("pca"), Step("l2"), features=features))
+    with torch.no_grad():
+        shares = model.projection(features).var(0).view(2, 16).sum(1)
+    assert (shares / shares.sum() > 0.1).all()  # as without a transform
+    names = [("pca", 0), ("pca", 1), ("rotation", 0), ("rotation", 1)]
+    weights = {}
+    for kind, seed in names:
+        chain = transform(Step("l2"), Step(kind), features=features)
+        weights[kind, seed] = model.initialize(features, transform=chain, seed=seed).projection.weight.clone()
+    assert not torch.equal(weights["pca", 0], weights["pca", 1])
+    assert torch.equal(weights["rotation", 0], weights["rotation", 1])
+
+
+def test_a_rotated_transform_keeps_every_cosine():
+    model, features = build("vit_tiny_patch16_224"), of_unequal_lengths()
+    chain = transform(Step("l2"), Step("pca-whitening", 16), Step("l2"))
+    model.initialize(features, transform=chain)
+    weight, bias = model.projection.weight.detach().double(), model.projection.bias.detach().double()
+    projected = model.projection(features).detach().double()
+    expected = torch.from_numpy(chain.apply(features.numpy())).double()
+    # A row errs as in the test above, in the chain too, and a cosine by as much as its two rows.
+    size = (at_one_length(features).double().abs() @ weight.abs().T + bias.abs()).norm(dim=1)
+    error = 2 * (32 + 8) * EPS * size / projected.norm(dim=1)
+    projected = torch.nn.functional.normalize(projected, dim=1)
+    assert ((projected @ projected.T - expected @ expected.T).abs() <= error[:, None] + error).all()
+    assert error.max() < 1e-2
+
+
+def pca_error(features, dim):
+    """How far directions may move where rows at unit norm are rounded: the covariance by 2 eps, over the gap."""
+    values = torch.linalg.eigvalsh(centred_scatter(at_one_length(features)) / 32).flip(0)
+    return 2 * EPS / float((values[:dim] - values[1 : dim + 1]).min()) * math.sqrt(dim)
+
+
+@pytest.mark.parametrize("dim", [8, 16])
+def test_a_pca_as_transform_is_what_initialize_does_without(dim):
+    features = of_unequal_lengths()
+    plain, given = (build("vit_tiny_patch16_224", embedding_dim=dim) for _ in range(2))
+    plain.initialize(features, seed=3)
+    given.initialize(features, transform=transform(Step("l2"), Step("pca", dim)), seed=3)
+    error = pca_error(features, dim)
+    assert error < 0.05
+    assert torch.allclose(given.projection.weight, plain.projection.weight, rtol=0, atol=error)
+    assert torch.allclose(given.projection.bias, plain.projection.bias, rtol=0, atol=error * math.sqrt(32))
+
+
+@pytest.mark.parametrize(
+    ("steps", "dim"),
+    [
+        ([Step("pca-whitening", 16)], 16),
+        ([Step("pca-whitening"), Step("rotation", 64)], 64),
+        ([Step("opq", num_codebooks=4)], 32),
+    ],
+)
+def test_training_starts_at_weights_of_the_usual_size(steps, dim):
+    model, features = build("vit_tiny_patch16_224", embedding_dim=dim), of_unequal_lengths()
+    norm = float(model.initialize(features).projection.weight.detach().norm())
+    found = model.initialize(features, transform=transform(Step("l2"), *steps)).projection.weight.detach().norm()
+    assert float(found) == pytest.approx(norm, rel=1e-5) == pytest.approx(math.sqrt(min(dim, 32)), rel=1e-5)
+
+
+def test_a_transform_is_followed_by_the_codebooks_of_what_it_gives():
+    model, features = build("vit_tiny_patch16_224"), of_unequal_lengths()
+    model.initialize(features, transform=transform(Step("l2"), Step("pca", 16)), seed=3)
+    fitted = model.codebooks()
+    model.initialize(embeddings=model(features=features).embeddings, seed=3)
+    assert np.abs(model.codebooks() - fitted).max() <= 300 * EPS
+
+
+def test_any_object_with_a_linear_map_is_a_transform():
+    model, features = build("vit_tiny_patch16_224"), of_unequal_lengths()
+    weight, bias = draw(16, 32, seed=1).numpy(), draw(16, seed=2).numpy()
+    model.initialize(features, transform=SimpleNamespace(linear=lambda: (weight, bias), rotated=True))
+    scale = 4 / np.linalg.norm(weight)
+    # The features are sqrt(F) as long as the rows of unit norm that the map is of.
+    assert np.allclose(model.projection.weight.detach(), scale * weight, rtol=4 * EPS, atol=0)
+    assert np.allclose(model.projection.bias.detach(), scale * math.sqrt(32) * bias, rtol=4 * EPS, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ([Step("l2"), Step("pca", 8)], r"width 32 to embedding_dim=16, this one has a weight \[8, 32\]"),
+        ([Step("pca", 16)], r"lengths of the features.*Step\('l2'\) as its first step"),
+        ([Step("l2"), Step("pca", 16), Step("l2"), Step("rotation")], "'l2' between other steps and is no linear map"),
+    ],
+)
+def test_a_transform_that_the_projection_cannot_be_is_refused(steps, message):
+    model, features = build("vit_tiny_patch16_224"), of_unequal_lengths()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        model.initialize(features, transform=transform(*steps))
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_a_transform_of_rows_at_one_length_needs_no_l2():
+    model, features = build("vit_tiny_patch16_224"), torch.nn.functional.normalize(of_unequal_lengths(), dim=1)
+    first = model.initialize(
+        features, transform=transform(Step("pca", 16), features=features)
+    ).projection.weight.clone()
+    second = model.initialize(features, transform=transform(Step("l2"), Step("pca", 16), features=features))
+    assert torch.allclose(first, second.projection.weight, rtol=0, atol=pca_error(features, 16))
+
+
+def test_what_is_no_transform_is_refused():
+    model, features = build("vit_tiny_patch16_224"), of_unequal_lengths()
+    with pytest.raises(TypeError, match=r"transform must be fitted.*got \(Step\(kind='pca'"):
+        model.initialize(features, transform=(Step("pca", 16),))
+    with pytest.raises(ValueError, match="embeddings leave as it is; give features with it"):
+        model.initialize(embeddings=draw(20, 16), transform=transform(Step("l2"), Step("pca", 16)))
+    narrow = transform(Step("l2"), Step("pca", 16), features=features[:, :31])
+    with pytest.raises(ValueError, match=r"width 32 to embedding_dim=16, this one has a weight \[16, 31\]"):
+        model.initialize(features, transform=narrow)
+    for weight in (np.zeros((16, 32)), np.full((16, 32), np.nan)):
+        with pytest.raises(ValueError, match="finite weights, not all of them zero"):
+            model.initialize(features, transform=SimpleNamespace(linear=lambda weight=weight: (weight, np.zeros(16))))
 
 
 # training
