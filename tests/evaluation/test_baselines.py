@@ -5,7 +5,6 @@ import inspect
 import faiss
 import numpy as np
 import pytest
-from sklearn.datasets import load_digits
 
 from tcq_hf.evaluation import baselines
 from tcq_hf.evaluation.baselines import (
@@ -220,30 +219,6 @@ def test_projections_are_selected_by_their_score_and_correlation(monkeypatch):
     every = baselines._select(signs, pairs, 30, np.random.default_rng(5))
     assert sorted(every) == list(range(30))
     assert every[-1] in {3, 10}
-
-
-def gaussian(queries, database, train, bits, seed):
-    """Signs of Gaussian projections as they come; `random_projections` makes them orthogonal, which is better."""
-    projections = np.random.default_rng(seed).standard_normal((train.shape[1], bits)).astype(np.float32)
-    unit = train / np.linalg.norm(train, axis=1, keepdims=True)
-    signs = np.where((unit - unit.mean(axis=0)) @ projections < 0, np.float32(-1), np.float32(1))
-    return signs, signs
-
-
-@pytest.mark.parametrize("bits", [16, 32, 64])
-def test_selected_projections_find_digits_better_than_random_ones(bits):
-    """Each digit queries the others: at least 0.05 mAP more, the mean of three seeds."""
-    digits = load_digits()
-    features = digits.data.astype(np.float32)
-    options = {"k": len(features), "exclude_self": True}
-    random, selected = (
-        [
-            evaluate(*method(*[features] * 3, bits, seed=seed), *[digits.target] * 2, **options).map_strict
-            for seed in range(3)
-        ]
-        for method in (gaussian, selected_projections)
-    )
-    assert np.mean(selected) > np.mean(random) + 0.05
 
 
 def test_a_selection_needs_neighbours_and_a_pool():
