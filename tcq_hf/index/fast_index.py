@@ -1,5 +1,7 @@
 """FastIndex: codes in, the best rows with their exact scores out, at the speed of memory. FAISS and NumPy only."""
 
+import functools
+import time
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,8 @@ from .shadow import Shadow, make_shadow, restore_shadow
 
 # Rows that FAISS packs together, and rows that are packed in one go.
 _GROUP, _BLOCK_ROWS = 32, 1 << 20
+# FAISS's ways to scan groups of 32 rows and keep many, and how they are tried.
+_IMPLEMENTATIONS, _TRIAL_ROWS, _TRIALS = (13, 15), 1 << 17, 5
 # The depth is measured for the first 100 rows, and fewer than 100 get that of 100: what pushes a good row down in the
 # scan are the rows around it, however few are asked for.
 _RANK, _SAMPLE_ROWS, _SAMPLE_QUERIES, _OVERLAP, _MARGIN, _DEEPEST = 100, 1 << 20, 256, 0.99, 1.6, 64
@@ -128,6 +132,7 @@ class FastIndex(LearnedIndex, faiss.IndexRefine):
         alike = type(base) is type(expected) and {exact.ntotal, base.ntotal, scan_of(base).ntotal} == {self.ntotal}
         if not alike or not _same_layout(base, expected) or not self._scans_its_rows():
             raise ValueError(f"the two members of the fast index {path} do not belong together: build it again")
+        self.scan.implem = _fastest_implementation(self.scan.M)
 
     def _scans_its_rows(self) -> bool:
         """Whether the scan has the words of the exact codes, on up to 64 groups of rows."""
@@ -189,8 +194,7 @@ def _empty_scan(codebooks: np.ndarray) -> faiss.Index:
     levels, width = 1 if codebook_size <= 16 else 2, num_codebooks * sub_dim
     scan = faiss.IndexPQFastScan(levels * width, levels * num_codebooks, 4, faiss.METRIC_INNER_PRODUCT)
     scan.is_trained = True
-    # Of FAISS's ways to scan, the fastest on every size that was tried, by a third; it is kept in the file.
-    scan.implem = 15
+    scan.implem = _fastest_implementation(scan.M)
     if levels == 1:
         return scan
     twice = faiss.LinearTransform(width, levels * width, False)
@@ -202,6 +206,28 @@ def _empty_scan(codebooks: np.ndarray) -> faiss.Index:
     twice.this.disown()
     scan.this.disown()
     return base
+
+
+@functools.cache
+def _fastest_implementation(words: int) -> int:
+    """FAISS's way to scan codes of so many words that is the fastest here: it depends on the processor, by a third."""
+    scan = faiss.IndexPQFastScan(4 * words, words, 4, faiss.METRIC_INNER_PRODUCT)
+    scan.is_trained = True
+    scan.codes.resize(_TRIAL_ROWS * scan.M2 // 2)
+    scan.ntotal2 = scan.ntotal = _TRIAL_ROWS
+    generator = np.random.default_rng(0)
+    stored = faiss.rev_swig_ptr(scan.codes.get(), scan.codes.size())
+    stored[:] = generator.integers(256, size=len(stored), dtype=np.uint8)
+    books = generator.standard_normal(scan.pq.centroids.size()).astype(np.float32)
+    faiss.copy_array_to_vector(books, scan.pq.centroids)
+    query, seconds = generator.standard_normal((1, scan.d)).astype(np.float32), {}
+    for implementation in 2 * _IMPLEMENTATIONS:
+        scan.implem = implementation
+        for _ in range(_TRIALS):
+            start = time.perf_counter()
+            scan.search(query, _RANK)
+            seconds[implementation] = min(time.perf_counter() - start, seconds.get(implementation, np.inf))
+    return min(seconds, key=seconds.get)
 
 
 def _scanned(quantizer: faiss.ProductQuantizer, packed: np.ndarray) -> np.ndarray:

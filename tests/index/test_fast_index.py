@@ -11,6 +11,7 @@ from clustered_codes import SCORE_TOLERANCE, collection, overlap
 from datasets import Dataset, Features, List, Value
 
 from tcq_hf import add_code_index, build_index, load_index, save_index
+from tcq_hf.index import fast_index
 from tcq_hf.index.code_index import CodeIndex
 from tcq_hf.index.dataset_index import attach_index
 from tcq_hf.index.faiss_index import check_index_belongs, index_codebooks, read_recipe
@@ -64,6 +65,21 @@ def test_few_rows_are_found_as_by_the_exact_index(large, count):
     exact, fast = (build_index(codebooks, codes[:count], mode=mode) for mode in ("exact", "fast"))
     k = min(count, 10)
     np.testing.assert_array_equal(fast.search(queries, k)[0], exact.search(queries, k)[0])
+
+
+def test_it_scans_in_the_way_that_is_fastest_here_and_any_finds_the_same(large, tmp_path):
+    codebooks, codes, queries = large
+    fast = build_index(codebooks, codes, mode="fast")
+    chosen = fast.scan.implem
+    assert chosen in fast_index._IMPLEMENTATIONS
+    found = []
+    for fast.scan.implem in fast_index._IMPLEMENTATIONS:
+        found.append(fast.search(queries, 100)[0])
+    np.testing.assert_array_equal(*found)
+    # A file from another machine.
+    fast.scan.implem = sum(fast_index._IMPLEMENTATIONS) - chosen
+    save_index(fast, tmp_path / "fast.faiss")
+    assert load_index(tmp_path / "fast.faiss").scan.implem == chosen
 
 
 def test_the_depth_is_read_with_the_number_of_rows_asked_for(large):
