@@ -21,6 +21,8 @@ import torch
 
 from tcq_hf import TCQConfig, TCQImageProcessor, TCQModel
 
+from .systems import status
+
 TINY = {
     "backbone": "vit_tiny_patch16_224",
     "backbone_kwargs": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
@@ -29,6 +31,35 @@ TINY = {
     "num_codebooks": 4,
     "codebook_size": 16,
 }
+
+
+# Outcomes of the tests of each published system, by file.
+_outcomes: dict[str, list[str]] = {}
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--write-systems", action="store_true", help="write the table of docs/systems.md from the outcomes"
+    )
+
+
+def pytest_runtest_logreport(report):
+    file = Path(report.location[0])
+    if file.parent.name == status.TESTS.name and (report.when == "call" or report.outcome != "passed"):
+        _outcomes.setdefault(file.name, []).append(report.outcome)
+
+
+def pytest_sessionfinish(session):
+    """The table of docs/systems.md says what the tests say, or the run fails."""
+    selected = session.config.option.keyword or any("::" in each for each in session.config.args)
+    if hasattr(session.config, "workerinput") or selected or not status.complete(_outcomes):
+        return
+    page = status.page_with(status.table(_outcomes))
+    if session.config.option.write_systems:
+        status.PAGE.write_text(page, encoding="utf-8")
+    elif page != status.PAGE.read_text(encoding="utf-8"):
+        print("\ndocs/systems.md does not say what the tests say: pytest tests/systems --write-systems")  # noqa: T201
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -25,6 +25,7 @@ PAGES = [
     "docs/choosing-options.md",
     "docs/how-to.md",
     "docs/distributed.md",
+    "docs/reranking.md",
 ]
 # Run by .ci/run, once, as they stand there.
 LEFT_TO_CI = ('pip install -e ".[demo]" && tcq-hf demo', 'pip install -e ".[test]" && pytest')

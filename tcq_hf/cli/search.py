@@ -1,12 +1,14 @@
 """`tcq-hf search`: a picture in, a table of the most similar rows out, and a picture grid if asked."""
 
 import argparse
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset
+from PIL.Image import Image
 
 from tcq_hf import TCQImageProcessor, TCQModel, add_code_index, build_index, encode_dataset, load_index
 from tcq_hf import search as find
@@ -15,13 +17,17 @@ from tcq_hf.index.dataset_index import attach_index
 from tcq_hf.index.decoding import raw_pictures
 from tcq_hf.index.segments import SegmentedIndex
 
-from . import inputs
+from . import inputs, reranking
 
 _EXAMPLES = """\
   tcq-hf search --dataset pictures/ --model my-model --query cat.jpg
   tcq-hf search --dataset pictures/ --model my-model --codes codes.parquet --query cat.jpg dog.jpg --grid found.png
   tcq-hf search --dataset pictures/ --model my-model --index index.faiss --row 17 --k 20
   tcq-hf search --dataset pictures/ --model my-model --query cat.jpg --filter label=dress --filter label=hat
+  tcq-hf search --dataset pictures/ --model my-model --row 17 --rerank diffusion --graph graph.safetensors
+  tcq-hf search --dataset pictures/ --model my-32-bit-model --fuse my-64-bit-model --row 17 --grid before-and-after.png
+
+With --rerank or --fuse the table says where a row stood before, and the grid shows both rankings.
 
 Without --codes and --index the pictures are encoded first; the codes are kept in the datasets cache.
 """
@@ -50,31 +56,53 @@ def add_parser(commands: inputs.Commands) -> None:
         metavar="COLUMN=VALUE",
         help="search only rows with this value; repeat it for more values of a column, or for more columns",
     )
+    reranking.add_arguments(parser)
     parser.add_argument("--grid", metavar="PNG", help="draw queries and neighbours into this file")
     inputs.add_encoding_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Search, print, draw."""
+    reranking.check_arguments(arguments)
     model, processor = inputs.load_model(arguments.model)
     dataset = inputs.load_pictures(arguments.dataset, arguments.split)
     column, label = inputs.image_column(dataset, arguments.image_column), inputs.label_column(dataset)
     pictures = raw_pictures(dataset, column)
     filters = _filters(arguments.filter, dataset)
     dataset, numbers = _with_index(arguments, dataset, model, processor, column)
-    grid = []
+    changes = reranking.fit(arguments, dataset.get_index("codes").faiss_index)
+    changes |= reranking.add_models(arguments, dataset, column)
+    names, grid = _names(dataset, label), []
     for query in arguments.query or arguments.row:
         asked = query if isinstance(query, str) else _position(query, numbers)
-        found = find(dataset, asked, model, processor, k=arguments.k, image_column=column, filters=filters)
+        ask = functools.partial(find, dataset, asked, model, processor, arguments.k, "codes", column, filters)
+        before = ask()
+        found = ask(**changes) if changes else before
         print(f"{'' if isinstance(query, str) else 'row '}{query}")
         paths = _paths(pictures, [int(numbers[row["row"]]) for row in found])
-        print(text_table(_lines(found, numbers, _names(dataset, label), label, paths)), "\n")
+        lines = _lines(found, numbers, names, label, paths)
+        print(text_table(_with_places(lines, found, before) if changes else lines), "\n")
         picture = query if isinstance(query, str) else dataset[asked][column]
-        shown = [row | {column: processor.process_image(row[column])} for row in found]
-        cells = [_cell(row, _names(dataset, label), label, column) for row in shown]
-        grid.append([Cell(processor.process_image(picture), Path(str(query)).name), *cells])
+        shown = {Path(str(query)).name: before} | ({_title(arguments): found} if changes else {})
+        for title, ranking in shown.items():
+            cells = [_cell(row, processor.process_image(row[column]), names, label) for row in ranking]
+            grid.append([Cell(processor.process_image(picture), title), *cells])
     if arguments.grid:
         print(f"grid -> {picture_grid(grid, arguments.grid)}")
+
+
+def _title(arguments: argparse.Namespace) -> str:
+    """What was done to a ranking."""
+    return ", ".join((["fused"] if arguments.fuse else []) + ([arguments.rerank] if arguments.rerank else []))
+
+
+def _with_places(lines: list[dict[str, Any]], found: list[dict], before: list[dict]) -> list[dict[str, Any]]:
+    """Lines of a table with the rank that each row had before."""
+    ranks = {row["row"]: rank for rank, row in enumerate(before, 1)}
+    return [
+        {"rank": line["rank"], "before": ranks.get(row["row"], f"> {len(before)}")} | line
+        for line, row in zip(lines, found, strict=True)
+    ]
 
 
 def _with_index(
@@ -155,5 +183,5 @@ def _lines(
     ]
 
 
-def _cell(row: dict, names: list[str], label: str | None, column: str) -> Cell:
-    return Cell(row[column], f"{inputs.label_name(names, row[label]) if label else ''} {row['similarity']:.2f}".strip())
+def _cell(row: dict, picture: Image, names: list[str], label: str | None) -> Cell:
+    return Cell(picture, f"{inputs.label_name(names, row[label]) if label else ''} {row['similarity']:.2f}".strip())

@@ -1,23 +1,24 @@
 """Attach an index to a dataset, ask it with a picture, get rows back."""
 
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import PIL.Image
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 from datasets import ClassLabel, Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from .code_index import faiss, select_rows
-from .encoding import encode_pictures
 from .faiss_index import Mode, build_index, check_index_belongs
+from .query_embedding import query_embedding
 
 if TYPE_CHECKING:
     from tcq_hf.model.image_processing_tcq import TCQImageProcessor
     from tcq_hf.model.modeling_tcq import TCQModel
+
+# Scores float32 and numbers int64 of rows `[Q, k]`, as FAISS gives them.
+Lists = tuple[np.ndarray, np.ndarray]
+Rerank = Callable[[np.ndarray, np.ndarray, np.ndarray], Lists]
 
 
 def codes_array(dataset: Dataset, column: str = "codes") -> np.ndarray:
@@ -101,6 +102,9 @@ def search(
     index_name: str | None = None,
     image_column: str = "image",
     filters: Mapping[str, Any] | None = None,
+    rerank: Rerank | None = None,
+    fuse: Callable[..., Lists] | None = None,
+    depth: int = 400,
 ) -> list[dict[str, Any]]:
     """The k rows whose pictures are most similar to a query.
 
@@ -117,35 +121,81 @@ def search(
         image_column: Column of the pictures.
         filters: Search only rows that have this value, or one of these, in a column: `{"label": ["dress", "hat"]}`. The
             names of a `ClassLabel` are understood; with several columns all must fit.
+        rerank: A fitted re-ranker of `tcq_hf.rerank`, whose graph has the rows of this dataset; it sees the `depth`
+            best rows.
+        fuse: A `tcq_hf.rerank.fusion.Fusion` with the other indexes of the dataset whose lists of the `depth` best rows
+            are merged with that of this one, before any re-ranking.
+        depth: Rows to find for both.
 
     Returns:
         Rows, best first, each with `row` (its number), `score` (inner product with the stored code, larger is closer,
-        at most M) and `similarity` = score / M.
+        at most M; after re-ranking or fusion theirs) and `similarity`, the inner product / M whatever the order.
 
     Raises:
-        ValueError: If the index belongs to another model, k exceeds its size, or the query has a wrong shape.
+        ValueError: If the index belongs to another model, k exceeds its size, the query has a wrong shape, or rows are
+            filtered that a re-ranker could bring back.
     """
     index_name = _index_name(dataset, index_name)
-    index = dataset.get_index(index_name).faiss_index
-    check_index_belongs(index, model)
-    if not 1 <= k <= index.ntotal:
-        raise ValueError(f"k must be from 1 to {index.ntotal}, the rows in the index, got {k}")
     clash = {"row", "score", "similarity"} & set(dataset.column_names)
     if clash:
         raise ValueError(f"the dataset has a column {sorted(clash)[0]!r}, which search() adds; rename it")
-    embedding = _embedding(dataset, query, model, processor, image_column)
-    if filters:
-        scores, rows = _search_some(index, matching_rows(dataset, filters), embedding, k)
-    else:
-        scores, rows = dataset.search(index_name, embedding, k=k)
-    found = [(int(row), float(score)) for row, score in zip(rows, scores, strict=True) if row >= 0]
+    if rerank is not None and filters:
+        raise ValueError("filters cannot go with rerank, which ranks all rows of its graph; leave one of them out")
+    allowed = matching_rows(dataset, filters) if filters else None
+    count = k if rerank is None and fuse is None else max(k, depth)
+
+    def ask(name: str, model: "TCQModel", processor: "TCQImageProcessor | None") -> Lists:
+        embedding = query_embedding(dataset, query, model, processor, image_column)
+        return _find(dataset, name, model, embedding, k, count, allowed)
+
+    embedding = query_embedding(dataset, query, model, processor, image_column)
+    scores, rows = _find(dataset, index_name, model, embedding, k, count, allowed)
+    known = dict(zip(rows[0].tolist(), scores[0].tolist(), strict=True))
+    if fuse is not None:
+        scores, rows = fuse(ask, scores, rows)
+    if rerank is not None:
+        scores, rows = rerank(embedding[None], scores, rows)
+    there = rows[0, :k] >= 0
+    scores, rows = scores[0, :k][there], rows[0, :k][there]
+    if len(rows) and rows.max() >= len(dataset):
+        raise ValueError(f"rerank gives rows beyond the {len(dataset)} of the dataset: its graph is of another one")
+    if not known.keys() >= set(rows.tolist()):
+        known = _scores_of(dataset.get_index(index_name).faiss_index, rows, embedding)
+    similarities = [known[row] / model.config.num_codebooks for row in rows.tolist()]
     with dataset.formatted_as(None):
-        table = dataset[[row for row, _ in found]]
+        table = dataset[rows.tolist()]
     return [
-        {name: values[i] for name, values in table.items()}
-        | {"row": row, "score": score, "similarity": score / model.config.num_codebooks}
-        for i, (row, score) in enumerate(found)
+        {name: values[i] for name, values in table.items()} | {"row": row, "score": score, "similarity": similarity}
+        for i, (row, score, similarity) in enumerate(zip(rows.tolist(), scores.tolist(), similarities, strict=True))
     ]
+
+
+def _find(
+    dataset: Dataset,
+    name: str,
+    model: "TCQModel",
+    embedding: np.ndarray,
+    k: int,
+    count: int,
+    allowed: np.ndarray | None,
+) -> Lists:
+    """Scores float32 and numbers int64 `[1, n]` of the `count` best rows of an index, at least k, or of all it has."""
+    index = dataset.get_index(_index_name(dataset, name)).faiss_index
+    check_index_belongs(index, model)
+    if not 1 <= k <= index.ntotal:
+        raise ValueError(f"k must be from 1 to {index.ntotal}, the rows in the index, got {k}")
+    if allowed is not None:
+        if k > len(allowed):
+            raise ValueError(f"k={k}, but only {len(allowed)} rows fit the filter")
+        return _search_some(index, allowed, embedding, min(count, len(allowed)))
+    scores, rows = dataset.search(name, embedding, k=min(count, index.ntotal))
+    return np.asarray(scores)[None], np.asarray(rows)[None]
+
+
+def _scores_of(index: Any, rows: np.ndarray, embedding: np.ndarray) -> dict[int, float]:
+    """Scores of some rows, by their exact codes."""
+    scores, numbers = _search_some(index, rows, embedding, len(rows))
+    return dict(zip(numbers[0].tolist(), scores[0].tolist(), strict=True))
 
 
 def matching_rows(dataset: Dataset, filters: Mapping[str, Any]) -> np.ndarray:
@@ -181,16 +231,17 @@ def _class_number(feature: Any, column: str, value: Any) -> Any:
     raise ValueError(f"column {column!r} has no class {value!r}; its classes are {', '.join(feature.names)}")
 
 
-def _search_some(index: Any, rows: np.ndarray, embedding: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scores and numbers of the k best of some rows, by their exact codes."""
-    if k > len(rows):
-        raise ValueError(f"k={k}, but only {len(rows)} rows fit the filter")
+def _search_some(index: Any, rows: np.ndarray, embedding: np.ndarray, k: int) -> Lists:
+    """Scores and numbers `[1, k]` of the k best of some rows, by their exact codes."""
     member = faiss.downcast_index(index) if type(index) is faiss.Index else index
     own_codes = isinstance(member, faiss.IndexIVFPQ) and not member.by_residual
     if not own_codes and not isinstance(member, (faiss.IndexPQ, faiss.IndexRefine)):
-        raise ValueError(f"a {type(member).__name__} cannot be filtered; attach an index from build_index")
+        raise ValueError(
+            f"a {type(member).__name__} does not give single rows, as filters, rerank and fuse need them; attach an "
+            "index from build_index"
+        )
     scores, found = select_rows(member, rows).search(embedding[None], k)
-    return scores[0], rows[found[0]]
+    return scores, rows[found]
 
 
 def _index_name(dataset: Dataset, index_name: str | None) -> str:
@@ -202,51 +253,3 @@ def _index_name(dataset: Dataset, index_name: str | None) -> str:
     if index_name is not None and index_name not in names:
         raise ValueError(f"the dataset has no index {index_name!r}; attached: {names}")
     return index_name or names[0]
-
-
-def _embedding(
-    dataset: Dataset, query: Any, model: "TCQModel", processor: "TCQImageProcessor | None", image_column: str
-) -> np.ndarray:
-    if isinstance(query, (list, tuple)) or getattr(query, "ndim", 0) == 4:
-        raise TypeError("query must be one picture, row or embedding; call search() once for each of several")
-    if isinstance(query, torch.Tensor):
-        query = (query.float() if query.is_floating_point() else query).detach().cpu().numpy()
-    if isinstance(query, np.ndarray) and query.dtype.kind == "f":
-        return _check_embedding(query, model)
-    if processor is None:
-        raise ValueError("a picture as query needs the processor; without it pass an embedding, float [D]")
-    return _embed_picture(_picture(dataset, query, image_column), model, processor)
-
-
-def _picture(dataset: Dataset, query: Any, image_column: str) -> Any:
-    """The picture of a query that may be a row or the number of one."""
-    if isinstance(query, (int, np.integer)):
-        if not 0 <= query < len(dataset):
-            raise ValueError(f"query row must be from 0 to {len(dataset) - 1}, got {query}")
-        with dataset.formatted_as(None):
-            query = dataset[int(query)]
-    return query[image_column] if isinstance(query, Mapping) and image_column in query else query
-
-
-def _embed_picture(query: Any, model: "TCQModel", processor: "TCQImageProcessor") -> np.ndarray:
-    if isinstance(query, (str, os.PathLike)) and not str(query).startswith(("http://", "https://")):
-        if not os.path.isfile(query):
-            raise FileNotFoundError(f"query: no file {query}")
-    try:
-        return encode_pictures(model, processor, query)[0]
-    except (OSError, PIL.Image.DecompressionBombError) as error:
-        place = f" {query}" if isinstance(query, (str, os.PathLike)) else ""
-        raise OSError(f"the query picture{place} cannot be read: {error}") from error
-
-
-def _check_embedding(query: np.ndarray, model: "TCQModel") -> np.ndarray:
-    config = model.config
-    if query.shape != (config.embedding_dim,):
-        raise ValueError(f"a query embedding must have shape [{config.embedding_dim}], got {list(query.shape)}")
-    norms = np.linalg.norm(query.astype(np.float32).reshape(config.num_codebooks, -1), axis=1)
-    if not np.abs(norms - 1).max() <= 1e-2:
-        raise ValueError(
-            "a query embedding must have unit-norm sub-vectors, as model(...).embeddings has; "
-            f"their norms reach from {norms.min():.3g} to {norms.max():.3g}"
-        )
-    return query.astype(np.float32)

@@ -9,8 +9,7 @@ from scipy import sparse
 from tqdm.auto import tqdm
 
 from .graph import KNNGraph, rows_to
-from .lists import check_lists
-from .query_expansion import unit_queries
+from .lists import check_lists, unit_queries
 
 # Rows whose sets are extended at a time, pairs of vectors that are gathered, and one block of scores: 64 MiB, the pairs
 # at a width of 128.

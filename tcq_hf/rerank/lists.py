@@ -1,4 +1,4 @@
-"""Ranked lists as FAISS gives them, scores and ids, in; checked or newly ranked lists of the same shape out."""
+"""Queries and lists as FAISS takes and gives them in; checked, or newly ranked lists of the same shape, out."""
 
 from typing import Any
 
@@ -62,6 +62,31 @@ def rank_by(similarity: sparse.csr_array, scores: np.ndarray, ids: np.ndarray) -
         rows[query, :end] = np.concatenate([found[order], rest])
         best[query, :end] = np.concatenate([values[order], np.zeros(len(rest))])
     return best, rows
+
+
+def unit_queries(queries: Any, count: int, width: int) -> np.ndarray:
+    """Queries as float32 `[count, width]` of unit norm; zeros stay zeros.
+
+    Raises:
+        ValueError: If they are no floats, of another shape, or not finite, naming the query.
+    """
+    queries = np.asarray(queries)
+    if queries.dtype.kind != "f" or queries.shape != (count, width):
+        raise ValueError(
+            f"queries must be float [{count}, {width}], one for each list and as wide as the vectors of the graph, got "
+            f"{queries.dtype} {list(queries.shape)}"
+        )
+    unfit = ~np.isfinite(queries).all(axis=1)
+    if unfit.any():
+        raise ValueError(f"queries must be finite, query {unfit.argmax()} is not")
+    return unit_vectors(queries)
+
+
+def unit_vectors(vectors: np.ndarray) -> np.ndarray:
+    """Rows of floats at unit norm, float32 `[n, D]`; zeros stay zeros."""
+    # In double precision no length of a float32 vector is out of range.
+    norms = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+    return (vectors / np.where(norms > 0, norms, 1)).astype(np.float32)
 
 
 def _refuse(wrong: np.ndarray, message: str) -> None:

@@ -7,7 +7,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .graph import KNNGraph
-from .lists import check_lists
+from .lists import check_lists, unit_queries, unit_vectors
 
 # One block of scores or of gathered vectors: 64 MiB of float32.
 _NUMBERS_AT_ONCE = 2**24
@@ -120,32 +120,8 @@ class QueryExpansion:
             rows = vectors[ids[block]]
             cosines = np.einsum("qd,qkd->qk", points[block], rows)
             weights = np.where(ids[block] < 0, 0, np.maximum(cosines, 0) ** self.alpha)
-            result[block] = _unit(points[block] + np.einsum("qk,qkd->qd", weights, rows))
+            result[block] = unit_vectors(points[block] + np.einsum("qk,qkd->qd", weights, rows))
         return result
-
-
-def unit_queries(queries: Any, count: int, width: int) -> np.ndarray:
-    """Queries as float32 `[count, width]` of unit norm; zeros stay zeros.
-
-    Raises:
-        ValueError: If they are no floats, of another shape, or not finite, naming the query.
-    """
-    queries = np.asarray(queries)
-    if queries.dtype.kind != "f" or queries.shape != (count, width):
-        raise ValueError(
-            f"queries must be float [{count}, {width}], one for each list and as wide as the vectors of the graph, got "
-            f"{queries.dtype} {list(queries.shape)}"
-        )
-    unfit = ~np.isfinite(queries).all(axis=1)
-    if unfit.any():
-        raise ValueError(f"queries must be finite, query {unfit.argmax()} is not")
-    return _unit(queries)
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    # In double precision no length of a float32 vector is out of range.
-    norms = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
-    return (vectors / np.where(norms > 0, norms, 1)).astype(np.float32)
 
 
 def _search(queries: np.ndarray, vectors: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -9,10 +9,13 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
 
-from tcq_hf import add_code_index, build_index, codes_array, encode_dataset, save_index, search
-from tcq_hf.index.dataset_index import matching_rows
+from tcq_hf import TCQModel, add_code_index, build_index, codes_array, encode_dataset, save_index, search
+from tcq_hf.index.dataset_index import attach_index, matching_rows
 from tcq_hf.index.dataset_index import search as search_module_function
 from tcq_hf.index.encoding import encode_pictures
+from tcq_hf.rerank.fusion import Fusion
+from tcq_hf.rerank.graph import KNNGraph
+from tcq_hf.rerank.query_expansion import QueryExpansion
 
 # A sum of M = 4 inner products of unit vectors in float32, once through another batch size.
 SCORE_TOLERANCE = 1e-5
@@ -440,3 +443,84 @@ def test_what_datasets_read_back_is_filtered_too(labelled, model, tmp_path):
 def test_a_filter_that_cannot_be_is_refused(labelled, model, filters, match):
     with pytest.raises(ValueError, match=match):
         search(labelled, np.float32(labelled[0]["embedding"]), model, k=3, filters=filters)
+
+
+# --- After the search ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_indexes(indexed, tiny_config, processor, pictures):
+    """The dataset with a second index, of another model: dataset, model, fusion."""
+    torch.manual_seed(1)
+    other = TCQModel(tiny_config).eval().initialize(torch.randn(400, 32, generator=torch.Generator().manual_seed(2)))
+    codes = codes_array(encode_dataset(indexed.select_columns(["image"]), other, processor))
+    return attach_index(indexed, build_index(other, codes), "other"), other, Fusion({"other": (other, processor)})
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast", "ivf"])
+def test_a_reranker_ranks_what_was_found(encoded, model, processor, mode):
+    dataset = add_code_index(encoded, "codes", model, mode=mode)
+    index = dataset.get_index("codes").faiss_index
+    reranker = QueryExpansion(k=3).fit(KNNGraph.from_index(index, 5))
+    found = search(dataset, 4, model, processor, k=6, rerank=reranker)
+    query = np.float32([dataset[4]["embedding"]])
+    scores, rows = reranker(query, *index.search(query, 32))
+    assert_same(pairs(found), list(zip(rows[0, :6], scores[0, :6], strict=True)))
+    own = query[0] @ build_index(model, codes_array(encoded)).reconstruct_n(0, 32).T / 4
+    assert [row["similarity"] for row in found] == pytest.approx(own[rows[0, :6]], abs=SCORE_TOLERANCE)
+
+
+def test_a_reranker_sees_as_many_rows_as_depth_says(indexed, model):
+    seen = []
+
+    def backwards(queries, scores, ids):
+        seen.append((queries.shape, ids.shape))
+        return scores[:, ::-1], ids[:, ::-1]
+
+    plain = [row["row"] for row in search(indexed, np.float32(indexed[0]["embedding"]), model, k=20)]
+    for depth, expected in ((20, 20), (5, 7), (400, 32)):
+        found = search(indexed, np.float32(indexed[0]["embedding"]), model, k=7, rerank=backwards, depth=depth)
+        assert seen.pop() == ((1, 32), (1, expected))
+        if depth == 20:
+            assert [row["row"] for row in found] == plain[::-1][:7]
+
+
+def test_lists_of_two_indexes_are_fused(two_indexes, model, processor):
+    dataset, other, fusion = two_indexes
+    found = search(dataset, 7, model, processor, k=5, index_name="codes", fuse=fusion)
+    asked = [search(dataset, 7, each, processor, 32, name) for each, name in ((model, "codes"), (other, "other"))]
+    points = {}
+    for ranking in asked:
+        for rank, row in enumerate(ranking, 1):
+            points[row["row"]] = points.get(row["row"], 0) + 1 / (60 + rank)
+    assert [row["row"] for row in found] == sorted(points, key=lambda row: -points[row])[:5]
+    assert [row["score"] for row in found] == pytest.approx(sorted(points.values())[:-6:-1], rel=1e-6)
+    assert [row["similarity"] for row in found] == [
+        next(each["similarity"] for each in asked[0] if each["row"] == row["row"]) for row in found
+    ]
+
+
+def test_fused_lists_are_filtered_and_ranked_anew(two_indexes, model, processor):
+    dataset, _, fusion = two_indexes
+    found = search(dataset, 7, model, processor, 5, "codes", filters={"label": 1}, fuse=fusion)
+    assert {row["label"] for row in found} == {1}
+    reranker = QueryExpansion(k=3).fit(KNNGraph.from_index(dataset.get_index("codes").faiss_index, 5))
+    both = search(dataset, 7, model, processor, 5, "codes", fuse=fusion, rerank=reranker)
+    assert [row["score"] for row in both] == sorted((row["score"] for row in both), reverse=True)
+
+
+def test_what_cannot_go_together_is_refused(indexed, two_indexes, model, processor):
+    dataset, other, _ = two_indexes
+    reranker = QueryExpansion(k=3).fit(KNNGraph.from_index(dataset.get_index("codes").faiss_index, 5))
+    with pytest.raises(ValueError, match="filters cannot go with rerank"):
+        search(dataset, 7, model, processor, 5, "codes", filters={"label": 1}, rerank=reranker)
+    with pytest.raises(ValueError, match="belongs to another model"):
+        search(dataset, 7, model, processor, 5, "codes", fuse=Fusion({"other": (model, processor)}))
+    with pytest.raises(ValueError, match="no index 'absent'"):
+        search(dataset, 7, model, processor, 5, "codes", fuse=Fusion({"absent": (other, processor)}))
+    small = QueryExpansion(k=3).fit(KNNGraph.build(np.eye(10, 32, dtype=np.float32), 5))
+    with pytest.raises(ValueError, match="no row from 0 to 9"):
+        search(dataset, 7, model, processor, 5, "codes", rerank=small)
+    vectors = np.random.default_rng(0).standard_normal((99, 32)).astype(np.float32)
+    with pytest.raises(ValueError, match="rows beyond the 32 of the dataset: its graph is of another one"):
+        search(dataset, 7, model, processor, 5, "codes", rerank=QueryExpansion(k=3).fit(KNNGraph.build(vectors, 5)))
