@@ -5,7 +5,6 @@ they are and from those that 64, 32 and 16 bits restore: 0.873, 0.874, 0.847, an
 entries. Noisy rings, which cosine cannot tell apart: 0.65 to 1.
 """
 
-import faiss
 import numpy as np
 import pytest
 
@@ -13,7 +12,6 @@ from tcq_hf.evaluation.list_metrics import mean_average_precision_of_lists
 from tcq_hf.rerank.diffusion import Diffusion
 from tcq_hf.rerank.graph import KNNGraph
 
-QUERIES = 300
 # To keep 200 entries a row adds up to 0.004, and the k-means of FAISS may end elsewhere on another machine.
 CLOSE = 0.01
 
@@ -37,41 +35,30 @@ def test_all_digits_rise_to_the_reference(digits):
     assert after == pytest.approx(0.884, abs=0.005)
 
 
-@pytest.fixture(scope="module")
-def halves(digits):
-    """Queries and gallery, vectors and labels each."""
-    vectors, labels = digits
-    order = np.random.default_rng(0).permutation(len(labels))
-    return [(vectors[part], labels[part]) for part in (order[:QUERIES], order[QUERIES:])]
-
-
-def out_of_sample(halves, bits=None, k=20, **options):
+def out_of_sample(halves, restored, bits=None, k=20, **options):
     """mAP of full lists after diffusion, the gallery as it is or as PQ codes of 4 bits a sub-vector restore it."""
     (queries, labels), (gallery, gallery_labels) = halves
     if bits:
-        index = faiss.IndexPQ(gallery.shape[1], bits // 4, 4, faiss.METRIC_INNER_PRODUCT)
-        index.train(gallery)
-        gallery = index.sa_decode(index.sa_encode(gallery))
-        gallery /= np.linalg.norm(gallery, axis=1, keepdims=True)
+        gallery = restored(bits)
     reranker = Diffusion(k=k, **options).fit(KNNGraph.build(gallery, k - 1))
     ids = reranker(queries, *search(queries, gallery))[1]
     return mean_average_precision_of_lists(ids, labels, gallery_labels, ids.shape[1], "relevant")
 
 
 @pytest.mark.parametrize(("bits", "reference"), [(None, 0.873), (64, 0.874), (32, 0.847)])
-def test_queries_out_of_sample_reach_the_reference(halves, bits, reference):
-    assert out_of_sample(halves, bits, query_k=3) == pytest.approx(reference, abs=CLOSE)
+def test_queries_out_of_sample_reach_the_reference(halves, restored, bits, reference):
+    assert out_of_sample(halves, restored, bits, query_k=3) == pytest.approx(reference, abs=CLOSE)
 
 
-def test_whole_rows_of_the_flow_reach_it_too(halves):
-    assert out_of_sample(halves, query_k=3, keep=2000) == pytest.approx(0.873, abs=0.005)
+def test_whole_rows_of_the_flow_reach_it_too(halves, restored):
+    assert out_of_sample(halves, restored, query_k=3, keep=2000) == pytest.approx(0.873, abs=0.005)
 
 
-def test_at_16_bits_a_wider_neighbourhood_saves_it(halves):
+def test_at_16_bits_a_wider_neighbourhood_saves_it(halves, restored):
     with pytest.warns(UserWarning, match="of the 19 nearest neighbours of rows are copies of them"):
-        narrow = out_of_sample(halves, 16, query_k=3)
+        narrow = out_of_sample(halves, restored, 16, query_k=3)
     assert narrow == pytest.approx(0.72, abs=0.03)
-    assert out_of_sample(halves, 16, k=50) > narrow + 0.05
+    assert out_of_sample(halves, restored, 16, k=50) > narrow + 0.05
 
 
 def test_noisy_rings_are_told_apart():
@@ -82,7 +69,7 @@ def test_noisy_rings_are_told_apart():
     vectors = centre[labels] + 0.9 * (np.cos(angle) * cosine[labels] + np.sin(angle) * sine[labels])
     vectors += 0.5 * generator.standard_normal(vectors.shape).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    asked = generator.permutation(len(labels))[:QUERIES]
+    asked = generator.permutation(len(labels))[:300]
     scores, ids = search(vectors[asked], vectors, 1000)
     ranked = Diffusion(k=20, query_k=3).fit(KNNGraph.build(vectors, 19))(vectors[asked], scores, ids)[1]
     before, after = (

@@ -3,7 +3,6 @@
 What PyRetri does to dimensions is in the tests of transforms; pooling is not offered.
 """
 
-import faiss
 import numpy as np
 import pytest
 
@@ -160,15 +159,9 @@ CODES = {None: (0.706, 0.784, 0.740), 64: (0.706, 0.778, 0.737), 32: (0.710, 0.7
 
 
 @pytest.mark.parametrize("bits", CODES)
-def test_figures_out_of_codes_are_those_of_the_reference(digits, bits):
-    rows, labels = digits
-    order = np.random.default_rng(0).permutation(1797)
-    queries, gallery, known = rows[order[:300]], rows[order[300:]], (labels[order[:300]], labels[order[300:]])
-    if bits:
-        index = faiss.IndexPQ(64, bits // 4, 4, faiss.METRIC_INNER_PRODUCT)
-        index.train(gallery)
-        index.add(gallery)
-        gallery = unit(index.reconstruct_n(0, len(gallery)))
+def test_figures_out_of_codes_are_those_of_the_reference(halves, restored, bits):
+    (queries, labels), (gallery, gallery_labels) = halves
+    gallery = restored(bits) if bits else gallery
     graph, augmented = KNNGraph.build(gallery, 20), QueryExpansion(database=True)
     augmented.fit(graph)
     # The reference lists queries among the augmented rows.
@@ -177,6 +170,6 @@ def test_figures_out_of_codes_are_those_of_the_reference(digits, bits):
         augmented(queries, *lists_of(queries, augmented.embeddings())),
         KReciprocal(transductive=True).fit(graph)(queries, *lists_of(queries, gallery)),
     ]
-    figures = [mean_average_precision_of_lists(ids, *known, 1497, "relevant") for _, ids in found]
+    figures = [mean_average_precision_of_lists(ids, labels, gallery_labels, 1497, "relevant") for _, ids in found]
     # k-means of another FAISS, and rows of one code in another order, move the figures of codes.
     np.testing.assert_allclose(figures, CODES[bits], atol=0.01 if bits else 0.001)

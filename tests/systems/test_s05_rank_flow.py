@@ -15,7 +15,7 @@ from tcq_hf.evaluation.list_metrics import mean_average_precision_of_lists
 from tcq_hf.rerank.graph import KNNGraph
 from tcq_hf.rerank.rank_flow import RankFlow
 
-DEPTH, QUERIES = 400, 300
+DEPTH = 400
 
 
 @pytest.fixture(scope="module")
@@ -58,22 +58,11 @@ def test_embeddings_reach_it_through_the_faiss_index_of_a_dataset(digits, flow):
     assert np.mean(np.array(rows["label"]) == labels[7]) > 0.9
 
 
-@pytest.fixture(scope="module")
-def halves(digits):
-    """Queries and gallery, vectors and labels each."""
-    vectors, labels = digits
-    order = np.random.default_rng(0).permutation(len(labels))
-    return [(vectors[part], labels[part]) for part in (order[:QUERIES], order[QUERIES:])]
-
-
-def out_of_sample(halves, bits=None):
+def out_of_sample(halves, restored, bits=None):
     """mAP of full lists before and after, the gallery as it is or as PQ codes of 4 bits a sub-vector restore it."""
     (queries, labels), (gallery, gallery_labels) = halves
     if bits:
-        index = faiss.IndexPQ(gallery.shape[1], bits // 4, 4, faiss.METRIC_INNER_PRODUCT)
-        index.train(gallery)
-        gallery = index.sa_decode(index.sa_encode(gallery))
-        gallery /= np.linalg.norm(gallery, axis=1, keepdims=True)
+        gallery = restored(bits)
     scores = queries @ gallery.T
     ids = np.argsort(-scores, axis=1, kind="stable")
     flow = RankFlow().fit(KNNGraph.build(gallery, DEPTH - 1))
@@ -85,13 +74,13 @@ def out_of_sample(halves, bits=None):
 
 
 @pytest.mark.parametrize(("bits", "reference", "least"), [(None, 0.651, 0.80), (64, 0.652, 0.76)])
-def test_queries_out_of_sample_gain_as_much(halves, bits, reference, least):
-    before, after = out_of_sample(halves, bits)
+def test_queries_out_of_sample_gain_as_much(halves, restored, bits, reference, least):
+    before, after = out_of_sample(halves, restored, bits)
     assert before == pytest.approx(reference, abs=0.005)
     assert after >= least
 
 
-def test_at_16_bits_it_hurts_and_says_so(halves):
+def test_at_16_bits_it_hurts_and_says_so(halves, restored):
     with pytest.warns(UserWarning, match="of the 19 nearest neighbours of rows are copies of them"):
-        before, after = out_of_sample(halves, 16)
+        before, after = out_of_sample(halves, restored, 16)
     assert after < before - 0.01
