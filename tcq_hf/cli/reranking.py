@@ -10,12 +10,8 @@ from datasets import Dataset
 
 from tcq_hf import TCQImageProcessor, TCQModel, build_index, codes_array, encode_dataset
 from tcq_hf.index.dataset_index import attach_index
-from tcq_hf.rerank.diffusion import Diffusion
-from tcq_hf.rerank.fusion import Fusion
-from tcq_hf.rerank.graph import KNNGraph
-from tcq_hf.rerank.k_reciprocal import KReciprocal
-from tcq_hf.rerank.query_expansion import QueryExpansion
-from tcq_hf.rerank.rank_flow import RankFlow
+from tcq_hf.rerank import Diffusion, Fusion, KNNGraph, KReciprocal, QueryExpansion, RankFlow
+from tcq_hf.rerank.graph import EXACT_ROWS
 
 from . import inputs
 
@@ -23,8 +19,8 @@ from . import inputs
 _RERANKERS = {
     "query-expansion": (QueryExpansion, 10),
     "database-augmentation": (partial(QueryExpansion, database=True), 10),
-    "k-reciprocal": (KReciprocal, 50),
-    "diffusion": (Diffusion, 50),
+    "k-reciprocal": (KReciprocal, 20),
+    "diffusion": (Diffusion, 49),
     "rank-flow": (RankFlow, 399),
 }
 
@@ -39,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--graph",
         metavar="FILE",
-        help="keep these neighbours in this file for the next search with --rerank; read it if it is there",
+        help="keep the neighbours in this file for the next search with --rerank; read it if it is there",
     )
     parser.add_argument(
         "--fuse",
@@ -81,12 +77,14 @@ def fit(arguments: argparse.Namespace, index: Any) -> dict[str, Any]:
     if not arguments.rerank:
         return {}
     reranker, k = _RERANKERS[arguments.rerank]
-    return {"rerank": reranker().fit(_graph(arguments.graph, index, min(k, index.ntotal - 1)))}
+    return {"rerank": reranker().fit(_graph(arguments.rerank, arguments.graph, index, min(k, index.ntotal - 1)))}
 
 
-def _graph(path: str | None, index: Any, k: int) -> KNNGraph:
+def _graph(name: str, path: str | None, index: Any, k: int) -> KNNGraph:
     if path is None or not Path(path).exists():
-        graph = KNNGraph.from_index(index, k)
+        # Above the rows that a graph compares one by one, each row asks the index.
+        large = index.ntotal > EXACT_ROWS
+        graph = KNNGraph.from_index(build_index(index, index.codes_array(), "fast") if large else index, k)
         if path is not None:
             graph.save(path)
         return graph
@@ -94,6 +92,11 @@ def _graph(path: str | None, index: Any, k: int) -> KNNGraph:
     restored = index.reconstruct_n(0, index.ntotal)
     # A restored vector consists of M sub-vectors of unit norm, to rounding.
     restored /= np.float32(np.sqrt(len(index.codebooks())))
+    if graph.neighbours.shape[1] < k:
+        raise ValueError(
+            f"--graph {path} holds {graph.neighbours.shape[1]} neighbours a row, --rerank {name} needs {k}; delete it "
+            "or name another file"
+        )
     if graph.vectors is None or graph.vectors.shape != restored.shape or np.abs(graph.vectors - restored).max() > 1e-5:
         raise ValueError(f"--graph {path} is that of other codes; delete it or name another file")
     return graph

@@ -4,7 +4,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-_QUERIES_AT_ONCE = 1024
+# Pairs of a query and a row of the database that are looked at together: 64 MB.
+_PAIRS_AT_ONCE = 2**26
 
 
 def mean_average_precision_of_lists(
@@ -27,13 +28,14 @@ def mean_average_precision_of_lists(
         exclude_self: The queries are the database: query i is struck from its own list before ranks are counted.
 
     Raises:
-        ValueError: If shapes do not fit, an id is no row, k is below 1 or the denominator is unknown.
+        ValueError: If shapes do not fit, an id is no row or stands twice in a list, k is below 1 or the denominator is
+            unknown.
     """
     ids, query_labels, database_labels = np.asarray(ids), np.asarray(query_labels), np.asarray(database_labels)
     _check(ids, query_labels, database_labels, k, denominator, exclude_self)
     values = []
-    for start in range(0, len(ids), _QUERIES_AT_ONCE):
-        block = slice(start, start + _QUERIES_AT_ONCE)
+    for start in range(0, len(ids), step := max(1, _PAIRS_AT_ONCE // len(database_labels))):
+        block = slice(start, start + step)
         relevant = _alike(query_labels[block], database_labels)
         listed = ids[block]
         hits = np.take_along_axis(relevant, np.maximum(listed, 0), axis=1) & (listed >= 0)
@@ -84,5 +86,9 @@ def _check(
         raise ValueError(
             f"the list of query {wrong.argmax()} has an id that is no row from 0 to {len(base_labels) - 1}"
         )
+    ordered = np.sort(ids, axis=1)
+    twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(axis=1)
+    if twice.any():
+        raise ValueError(f"the list of query {twice.argmax()} has one id twice")
     if exclude_self and len(ids) != len(base_labels):
         raise ValueError(f"exclude_self needs the queries to be the database, got {len(ids)} and {len(base_labels)}")

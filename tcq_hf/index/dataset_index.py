@@ -10,15 +10,15 @@ from datasets import ClassLabel, Dataset, are_progress_bars_disabled, disable_pr
 
 from .code_index import faiss, select_rows
 from .faiss_index import Mode, build_index, check_index_belongs
-from .query_embedding import query_embedding
+from .query_embedding import is_embedding, query_embedding
 
 if TYPE_CHECKING:
     from tcq_hf.model.image_processing_tcq import TCQImageProcessor
     from tcq_hf.model.modeling_tcq import TCQModel
 
 # Scores float32 and numbers int64 of rows `[Q, k]`, as FAISS gives them.
-Lists = tuple[np.ndarray, np.ndarray]
-Rerank = Callable[[np.ndarray, np.ndarray, np.ndarray], Lists]
+Ranking = tuple[np.ndarray, np.ndarray]
+Rerank = Callable[[np.ndarray, np.ndarray, np.ndarray], Ranking]
 
 
 def codes_array(dataset: Dataset, column: str = "codes") -> np.ndarray:
@@ -103,7 +103,7 @@ def search(
     image_column: str = "image",
     filters: Mapping[str, Any] | None = None,
     rerank: Rerank | None = None,
-    fuse: Callable[..., Lists] | None = None,
+    fuse: Callable[..., Ranking] | None = None,
     depth: int = 400,
 ) -> list[dict[str, Any]]:
     """The k rows whose pictures are most similar to a query.
@@ -125,26 +125,33 @@ def search(
             best rows.
         fuse: A `tcq_hf.rerank.fusion.Fusion` with the other indexes of the dataset whose lists of the `depth` best rows
             are merged with that of this one, before any re-ranking.
-        depth: Rows to find for both.
+        depth: Rows to find for both, at least k of them.
 
     Returns:
         Rows, best first, each with `row` (its number), `score` (inner product with the stored code, larger is closer,
         at most M; after re-ranking or fusion theirs) and `similarity`, the inner product / M whatever the order.
 
     Raises:
-        ValueError: If the index belongs to another model, k exceeds its size, the query has a wrong shape, or rows are
-            filtered that a re-ranker could bring back.
+        RuntimeError: If the re-ranker was not fitted.
+        TypeError: If `rerank` is a class, or the query is several.
+        ValueError: If the index belongs to another model, k exceeds its size, the query has a wrong shape, rows are
+            filtered that a re-ranker could bring back, its gallery is another one, an embedding of one model is to be
+            fused with lists of others, or the index, being on a GPU, gives no single rows.
     """
     index_name = _index_name(dataset, index_name)
     clash = {"row", "score", "similarity"} & set(dataset.column_names)
     if clash:
         raise ValueError(f"the dataset has a column {sorted(clash)[0]!r}, which search() adds; rename it")
-    if rerank is not None and filters:
-        raise ValueError("filters cannot go with rerank, which ranks all rows of its graph; leave one of them out")
+    if rerank is not None:
+        _check_reranker(rerank, len(dataset), filters)
+    if fuse is not None and is_embedding(query):
+        raise ValueError("an embedding is that of one model and fuse asks others too; give a picture or a row as query")
+    if rerank is not None or fuse is not None:
+        _with_single_rows(dataset.get_index(index_name).faiss_index)
     allowed = matching_rows(dataset, filters) if filters else None
     count = k if rerank is None and fuse is None else max(k, depth)
 
-    def ask(name: str, model: "TCQModel", processor: "TCQImageProcessor | None") -> Lists:
+    def ask(name: str, model: "TCQModel", processor: "TCQImageProcessor | None") -> Ranking:
         embedding = query_embedding(dataset, query, model, processor, image_column)
         return _find(dataset, name, model, embedding, k, count, allowed)
 
@@ -157,8 +164,6 @@ def search(
         scores, rows = rerank(embedding[None], scores, rows)
     there = rows[0, :k] >= 0
     scores, rows = scores[0, :k][there], rows[0, :k][there]
-    if len(rows) and rows.max() >= len(dataset):
-        raise ValueError(f"rerank gives rows beyond the {len(dataset)} of the dataset: its graph is of another one")
     if not known.keys() >= set(rows.tolist()):
         known = _scores_of(dataset.get_index(index_name).faiss_index, rows, embedding)
     similarities = [known[row] / model.config.num_codebooks for row in rows.tolist()]
@@ -178,7 +183,7 @@ def _find(
     k: int,
     count: int,
     allowed: np.ndarray | None,
-) -> Lists:
+) -> Ranking:
     """Scores float32 and numbers int64 `[1, n]` of the `count` best rows of an index, at least k, or of all it has."""
     index = dataset.get_index(_index_name(dataset, name)).faiss_index
     check_index_belongs(index, model)
@@ -231,8 +236,14 @@ def _class_number(feature: Any, column: str, value: Any) -> Any:
     raise ValueError(f"column {column!r} has no class {value!r}; its classes are {', '.join(feature.names)}")
 
 
-def _search_some(index: Any, rows: np.ndarray, embedding: np.ndarray, k: int) -> Lists:
+def _search_some(index: Any, rows: np.ndarray, embedding: np.ndarray, k: int) -> Ranking:
     """Scores and numbers `[1, k]` of the k best of some rows, by their exact codes."""
+    scores, found = select_rows(_with_single_rows(index), rows).search(embedding[None], k)
+    return scores, rows[found]
+
+
+def _with_single_rows(index: Any) -> Any:
+    """The index, if its codes can be read row by row; ValueError if not."""
     member = faiss.downcast_index(index) if type(index) is faiss.Index else index
     own_codes = isinstance(member, faiss.IndexIVFPQ) and not member.by_residual
     if not own_codes and not isinstance(member, (faiss.IndexPQ, faiss.IndexRefine)):
@@ -240,8 +251,17 @@ def _search_some(index: Any, rows: np.ndarray, embedding: np.ndarray, k: int) ->
             f"a {type(member).__name__} does not give single rows, as filters, rerank and fuse need them; attach an "
             "index from build_index"
         )
-    scores, found = select_rows(member, rows).search(embedding[None], k)
-    return scores, rows[found]
+    return member
+
+
+def _check_reranker(rerank: Any, count: int, filters: Any) -> None:
+    if isinstance(rerank, type):
+        raise TypeError(f"rerank must be a fitted re-ranker, got the class; use {rerank.__name__}().fit(graph)")
+    if filters:
+        raise ValueError("filters cannot go with rerank, which ranks all rows of its graph; leave one of them out")
+    known = getattr(rerank, "num_rows", count)
+    if known != count:
+        raise ValueError(f"rerank knows a gallery of {known} rows, the dataset has {count}: the graph is another one's")
 
 
 def _index_name(dataset: Dataset, index_name: str | None) -> str:

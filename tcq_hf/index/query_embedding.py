@@ -16,6 +16,15 @@ if TYPE_CHECKING:
     from tcq_hf.model.modeling_tcq import TCQModel
 
 
+def is_embedding(query: Any) -> bool:
+    """Whether a query is an embedding, float array or tensor or list of floats, and no picture or row."""
+    if isinstance(query, torch.Tensor):
+        return query.is_floating_point()
+    if isinstance(query, np.ndarray):
+        return query.dtype.kind == "f"
+    return isinstance(query, list) and bool(query) and all(isinstance(value, float) for value in query)
+
+
 def query_embedding(
     dataset: Dataset, query: Any, model: "TCQModel", processor: "TCQImageProcessor | None", image_column: str
 ) -> np.ndarray:
@@ -26,6 +35,8 @@ def query_embedding(
         OSError: If its file is missing or no picture.
         ValueError: If a picture comes without processor, or an embedding or a row number is impossible.
     """
+    if isinstance(query, list) and is_embedding(query):
+        query = np.array(query, np.float32)  # as a row of a dataset has it
     if isinstance(query, (list, tuple)) or getattr(query, "ndim", 0) == 4:
         raise TypeError("query must be one picture, row or embedding; call search() once for each of several")
     if isinstance(query, torch.Tensor):

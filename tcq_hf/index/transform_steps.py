@@ -79,6 +79,22 @@ class FittedStep:
     mean: np.ndarray | None = None
     eigenvalues: np.ndarray | None = None
 
+    def __post_init__(self) -> None:
+        if (self.weight is None) != (self.step.kind == "l2"):
+            raise ValueError(f"a step has a weight unless it is 'l2', this {self.step.kind!r} is the other way round")
+        for name in ("weight", "bias", "mean", "eigenvalues"):
+            values = getattr(self, name)
+            if values is not None and (values.dtype != np.float32 or not np.isfinite(values).all()):
+                raise ValueError(f"{name} of a step must be finite float32, got {values.dtype}")
+        if self.weight is None:
+            return
+        given, taken = self.weight.shape if self.weight.ndim == 2 else (None, None)
+        shapes = {"weight": (given, taken), "bias": (given,), "mean": (taken,), "eigenvalues": (given,)}
+        for name, shape in shapes.items():
+            values = getattr(self, name)
+            if values is not None and values.shape != shape:
+                raise ValueError(f"{name} of a step has a shape that does not fit its weight, {list(values.shape)}")
+
     def apply(self, rows: np.ndarray) -> np.ndarray:
         """Rows float32 `[n, D]` transformed, float32 `[n, D']`.
 

@@ -42,6 +42,13 @@ class Chain:
     steps: tuple[FittedStep, ...]
     input_dim: int
 
+    def __post_init__(self) -> None:
+        width = self.input_dim
+        for number, fitted in enumerate(self.steps):
+            if fitted.weight is not None and fitted.weight.shape[1] != width:
+                raise ValueError(f"step {number} takes rows of width {fitted.weight.shape[1]}, {width} comes in")
+            width = width if fitted.weight is None else len(fitted.weight)
+
     @property
     def output_dim(self) -> int:
         """Width D' of what comes out."""
@@ -121,13 +128,16 @@ class Chain:
             raise ValueError(f"chain file {path} is damaged: {error}") from error
         if metadata.get("kind") != _KIND:
             raise ValueError(f"{path} holds no chain of transforms")
-        recipe = json.loads(metadata["chain"])
-        learned: list[dict[str, np.ndarray]] = [{} for _ in recipe["steps"]]
-        for key, values in tensors.items():
-            number, name = key.split(".")
-            learned[int(number)][name] = values
-        steps = zip(recipe["steps"], learned, strict=True)
-        return cls(tuple(FittedStep(Step(**step), **arrays) for step, arrays in steps), recipe["input_dim"])
+        try:
+            recipe = json.loads(metadata["chain"])
+            learned: list[dict[str, np.ndarray]] = [{} for _ in recipe["steps"]]
+            for key, values in tensors.items():
+                number, name = key.split(".")
+                learned[int(number)][name] = values
+            steps = zip(recipe["steps"], learned, strict=True)
+            return cls(tuple(FittedStep(Step(**step), **arrays) for step, arrays in steps), recipe["input_dim"])
+        except (KeyError, ValueError, IndexError, TypeError) as error:
+            raise ValueError(f"chain file {path} is damaged: {type(error).__name__}: {error}") from error
 
     def _maps(self) -> list[FittedStep]:
         return [fitted for fitted in self.steps if fitted.weight is not None]
@@ -253,6 +263,10 @@ def _learned_codebooks(index: faiss.Index) -> int:
     """Number of learned codebooks in an index of ours, or in one that FAISS read from its file; 0 for any other."""
     while isinstance(index, (faiss.IndexPreTransform, faiss.IndexIDMap)):
         index = faiss.downcast_index(index.index)
+    if isinstance(index, (faiss.IndexShards, faiss.IndexReplicas)):
+        return max((_learned_codebooks(faiss.downcast_index(index.at(n))) for n in range(index.count())), default=0)
+    if isinstance(index, faiss.IndexRefine) and index_codebooks(index) is None:
+        return _learned_codebooks(faiss.downcast_index(index.base_index))
     codebooks = index_codebooks(index)
     if codebooks is None:
         return 0

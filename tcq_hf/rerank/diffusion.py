@@ -9,13 +9,13 @@ from scipy import sparse
 from scipy.sparse.csgraph import reverse_cuthill_mckee
 from tqdm.auto import tqdm
 
-from .degenerate import warn_if_degenerate
 from .graph import KNNGraph, rows_to
-from .lists import check_lists, rank_by, unit_queries
+from .graph_checks import require_neighbours, warn_if_degenerate
+from .lists import check_lists, rank_in_blocks, unit_queries
 from .sparse_rows import largest_entries, narrow, unit_rows
 
-# Rows that are multiplied at a time, and queries that are ranked at a time.
-_ROWS_AT_ONCE, _QUERIES_AT_ONCE = 512, 1024
+# Rows that are multiplied at a time.
+_ROWS_AT_ONCE = 512
 
 
 class Diffusion:
@@ -73,17 +73,12 @@ class Diffusion:
         """Diffuse from every row of the gallery; if transductive, that waits for the queries.
 
         Args:
-            graph: Graph of the gallery with at least k - 1 neighbours a row.
+            graph: Graph of the gallery with at least k - 1 neighbours a row, or all other rows.
 
         Raises:
             ValueError: If it holds fewer, or for a transductive re-ranker no vectors.
         """
-        held = graph.neighbours.shape[1]
-        if held < self.k - 1:
-            raise ValueError(
-                f"k={self.k} counts the row itself and needs {self.k - 1} neighbours a row, the graph holds {held}; "
-                f"build it with k={self.k - 1} or lower k"
-            )
+        require_neighbours(graph, self.k - 1, f"k={self.k} counts the row itself and")
         if self.transductive and graph.vectors is None:
             raise ValueError("transductive=True puts queries into the graph, and this one has no vectors")
         warn_if_degenerate(graph, self.k)
@@ -92,6 +87,13 @@ class Diffusion:
             self._columns = unit_rows(self._flow).T.tocsr()
         self._graph = graph
         return self
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the gallery; RuntimeError before fit."""
+        if self._graph is None:
+            raise RuntimeError("Diffusion knows no gallery yet: call fit(graph) first")
+        return len(self._graph)
 
     def __call__(self, queries: np.ndarray | None, scores: Any, ids: Any) -> tuple[np.ndarray, np.ndarray]:
         """The rows of the gallery that most flows to from each query.
@@ -111,22 +113,24 @@ class Diffusion:
             ValueError: If lists or queries are impossible, scores that stand for cosines are not finite, or a
                 transductive re-ranker gets no queries.
         """
-        if self._graph is None:
-            raise RuntimeError("Diffusion knows no gallery yet: call fit(graph) first")
-        scores, ids = check_lists(scores, ids, len(self._graph))
+        scores, ids = check_lists(scores, ids, self.num_rows)
         vectors = self._graph.vectors
         if queries is None and self.transductive:
             raise ValueError("transductive=True needs queries, got None")
         points = None if queries is None or vectors is None else unit_queries(queries, len(ids), vectors.shape[1])
-        if self.transductive:
-            starts, columns = self._with_queries(points)
-        else:
-            starts, columns = narrow(self._weights(points, scores, ids)) @ self._flow, self._columns
-        found = []
-        for start in tqdm(range(0, len(ids), _QUERIES_AT_ONCE), desc="Ranking by diffusion", unit="block", delay=2):
-            block = slice(start, start + _QUERIES_AT_ONCE)
-            found.append(rank_by(unit_rows(starts[block]) @ columns, scores[block], ids[block]))
-        return tuple(np.concatenate(part) for part in zip(*found, strict=True)) if found else (scores, ids)
+        if not self.transductive:
+            return rank_in_blocks(lambda block: self._similar(points, scores, ids, block), scores, ids)
+        if not len(ids):
+            return scores, ids
+        starts, columns = self._with_queries(points)
+        return rank_in_blocks(lambda block: unit_rows(starts[block]) @ columns, scores, ids)
+
+    def _similar(
+        self, points: np.ndarray | None, scores: np.ndarray, ids: np.ndarray, block: slice
+    ) -> sparse.csr_array:
+        """Cosines of the rows of F of some queries with those of the gallery, float32 `[q, n]`."""
+        weights = self._weights(None if points is None else points[block], scores[block], ids[block])
+        return unit_rows(narrow(weights) @ self._flow) @ self._columns
 
     def _weights(self, points: np.ndarray | None, scores: np.ndarray, ids: np.ndarray) -> sparse.csr_array:
         """`max(cos, 0)^gamma` of the first `query_k` rows of each list, float32 `[Q, n]`."""

@@ -20,7 +20,8 @@ from .lists import check_lists
 
 logger = logging.getLogger(__name__)
 
-Lists = Sequence[tuple[np.ndarray, np.ndarray]]
+Ranking = tuple[np.ndarray, np.ndarray]
+Lists = Sequence[Ranking]
 Graphs = Mapping[Any, KNNGraph] | Sequence[KNNGraph]
 
 # Places that are sorted at a time: about 50 MiB. Sets of rankers that grow by one more.
@@ -82,7 +83,7 @@ class Fusion:
     """Further indexes that a search asks too, and how their lists become one.
 
     Args:
-        others: Name of a further index: the model and the image processor that made its codes.
+        others: Maps the name of each further index to the model and the image processor that made its codes.
         combine: Lists and k in, fused scores and ids out: `reciprocal_rank_fusion`, `combined_sum` or one's own.
 
     Raises:
@@ -93,7 +94,7 @@ class Fusion:
     combine: Callable[[Lists, int], tuple[np.ndarray, np.ndarray]] = reciprocal_rank_fusion
 
     def __post_init__(self) -> None:
-        if not self.others or any(len(pair) != 2 for pair in self.others.values()):
+        if not self.others or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in self.others.values()):
             raise ValueError(f"others must map names of indexes to (model, processor) each, got {list(self.others)}")
 
     def __call__(

@@ -15,14 +15,14 @@ from tqdm.auto import tqdm
 
 from tcq_hf.index.writing import written_aside
 
-# One block of scores: 64 MiB of float32.
-_SCORES_AT_ONCE = 2**24
-# Rows whose paths of two edges are held at a time.
-_ROWS_AT_ONCE = 8192
-# Above the rounding of a cosine in float32, below any difference that means something.
-_TIE = 1e-6
+from .nearest import checked_vectors, nearest
+
+# Paths of two edges that are held at a time: some 200 MB.
+_PATHS_AT_ONCE = 2**22
+# No cosine is above this, however it was rounded.
+_LARGEST_COSINE = 1.001
 # Up to so many rows all pairs are compared; rows that ask an index at a time.
-_EXACT_ROWS, _ASKED_AT_ONCE = 100_000, 1000
+EXACT_ROWS, _ASKED_AT_ONCE = 100_000, 1000
 _KIND = "tcq_hf.KNNGraph"
 
 
@@ -32,11 +32,13 @@ class KNNGraph:
 
     Args:
         neighbours: int64 `[n, k]`, best first; -1 where a row has fewer, behind all others.
-        scores: float32 `[n, k]`, inner products, larger is closer; not looked at where the neighbour is -1.
-        vectors: float32 `[n, D]` of unit norm, which append and query expansion need, or None.
+        scores: float32 `[n, k]`, cosines; not looked at where the neighbour is -1.
+        vectors: float32 `[n, D]` of unit norm or zeros, which append and query expansion need, or None.
 
     Raises:
-        ValueError: If the shapes differ, a neighbour is no row, twice the same or the row itself, or a score is NaN.
+        TypeError: If neighbours are no integers, or scores or vectors not float32.
+        ValueError: If the shapes differ, a neighbour is no row, twice the same or the row itself, a score is no cosine
+            or a vector not of unit norm.
     """
 
     neighbours: np.ndarray
@@ -45,6 +47,10 @@ class KNNGraph:
 
     def __post_init__(self) -> None:
         shape, rows = self.neighbours.shape, np.arange(len(self.neighbours))
+        for name, kind in (("neighbours", "iu"), ("scores", "f"), ("vectors", "f")):
+            values = getattr(self, name)
+            if values is not None and (values.dtype.kind not in kind or (kind == "f" and values.dtype != np.float32)):
+                raise TypeError(f"{name} must be {'float32' if kind == 'f' else 'integers'}, got {values.dtype}")
         if len(shape) != 2 or shape != self.scores.shape:
             raise ValueError(f"neighbours and scores must have one shape [n, k], got {shape} and {self.scores.shape}")
         missing = self.neighbours == -1
@@ -59,11 +65,21 @@ class KNNGraph:
         twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(axis=1)
         if twice.any():
             raise ValueError(f"row {twice.argmax()} names one neighbour twice")
-        unknown = (np.isnan(self.scores) & ~missing).any(axis=1)
-        if unknown.any():
-            raise ValueError(f"scores must be numbers, one of row {unknown.argmax()} is NaN")
-        if self.vectors is not None and (self.vectors.ndim != 2 or len(self.vectors) != shape[0]):
-            raise ValueError(f"vectors must be [{shape[0]}, D], got {list(self.vectors.shape)}")
+        unfit = ~((np.abs(self.scores) <= _LARGEST_COSINE) | missing).all(axis=1)
+        if unfit.any():
+            raise ValueError(
+                f"scores must be cosines, one of row {unfit.argmax()} is not; divide those of an index of codes by M"
+            )
+        if self.vectors is not None:
+            self._check_vectors(self.vectors)
+
+    def _check_vectors(self, vectors: np.ndarray) -> None:
+        if vectors.ndim != 2 or len(vectors) != len(self):
+            raise ValueError(f"vectors must be [{len(self)}, D], got {list(vectors.shape)}")
+        norms = np.linalg.norm(vectors, axis=1)
+        unfit = ~((np.abs(norms - 1) < _LARGEST_COSINE - 1) | (norms == 0))
+        if unfit.any():
+            raise ValueError(f"vectors must have unit norm or be zeros, row {unfit.argmax()} has {norms[unfit][0]:.4g}")
 
     def __len__(self) -> int:
         return len(self.neighbours)
@@ -83,10 +99,10 @@ class KNNGraph:
         Raises:
             ValueError: If shape, type or k is impossible, or a row is not finite or too long for float32.
         """
-        rows = F.normalize(_checked(vectors), dim=1)
+        rows = F.normalize(checked_vectors(vectors), dim=1)
         if not 1 <= k < len(rows):
             raise ValueError(f"k must be from 1 to {len(rows) - 1}, the other rows, got {k}")
-        return cls(*_nearest(rows, rows, k, 0, seed), rows.numpy())
+        return cls(*nearest(rows, rows, k, 0, seed), rows.numpy())
 
     @classmethod
     def from_index(cls, index: Any, k: int, seed: int = 0) -> "KNNGraph":
@@ -101,15 +117,19 @@ class KNNGraph:
             seed: Seed of the order of ties, up to 100,000 rows.
 
         Raises:
-            TypeError: For another index; give its vectors to `build`.
+            TypeError: For another index, or one that FAISS or `datasets` has read: read it with `load_index`, or give
+                the vectors to `build`.
             ValueError: If k is impossible.
         """
         if not hasattr(index, "codebooks"):
-            raise TypeError(f"a {type(index).__name__} has no learned codes; use KNNGraph.build(vectors, k)")
+            raise TypeError(
+                f"index must come from build_index or load_index, got {type(index).__name__}; of vectors make "
+                "the graph with KNNGraph.build(vectors, k)"
+            )
         if not 1 <= k < index.ntotal:
             raise ValueError(f"k must be from 1 to {index.ntotal - 1}, the other rows, got {k}")
         vectors = index.reconstruct_n(0, index.ntotal)
-        if len(vectors) <= _EXACT_ROWS:
+        if len(vectors) <= EXACT_ROWS:
             return cls.build(vectors, k, seed)
         neighbours, scores = np.empty((len(vectors), k), np.int64), np.empty((len(vectors), k), np.float32)
         blocks = tqdm(range(0, len(vectors), _ASKED_AT_ONCE), desc="Finding neighbours", unit="block", delay=2)
@@ -123,7 +143,7 @@ class KNNGraph:
         return cls(neighbours, scores / np.float32(num_codebooks), vectors)
 
     def append(self, vectors: np.ndarray, seed: int = 0) -> "KNNGraph":
-        """The graph of these rows and of more: that of all from anew, but for the order of ties.
+        """The graph of these rows and of more: if this one is exact, that of all from anew, but for the order of ties.
 
         Args:
             vectors: Float `[m, D]` of the rows that come behind.
@@ -134,12 +154,15 @@ class KNNGraph:
         """
         if self.vectors is None:
             raise ValueError("a graph without vectors cannot grow; make it with KNNGraph.build")
-        new, old = F.normalize(_checked(vectors), dim=1), torch.from_numpy(self.vectors)
+        new, old = F.normalize(checked_vectors(vectors), dim=1), torch.from_numpy(self.vectors)
         if new.shape[1] != old.shape[1]:
             raise ValueError(f"vectors must be {old.shape[1]} wide, as those of the graph, got {new.shape[1]}")
         rows, k = torch.cat([old, new]), self.neighbours.shape[1]
-        added = _nearest(new, rows, k, len(old), seed)
-        nearer = _nearest(old, new, min(k, len(new)), None, seed)
+        added = [
+            _filled(each, k, empty)
+            for each, empty in zip(nearest(new, rows, min(k, len(rows) - 1), len(old), seed), (-1, 0), strict=True)
+        ]
+        nearer = nearest(old, new, min(k, len(new)), None, seed)
         kept = np.where(self.neighbours < 0, -np.inf, self.scores)
         scores = np.concatenate([kept, nearer[1]], axis=1)
         best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
@@ -198,7 +221,9 @@ def quality(graph: KNNGraph, kind: Literal["authority", "reciprocal"] = "authori
     N_q is q itself followed by its neighbours, so k, its size, is one more than the neighbours that the graph holds:
     the usual k = 20 is a graph of 19. Authority is `1 / (n k^2) sum_q sum_{i in N_q} |N_i n N_q|`, at most 1.
     Reciprocal counts each j of the intersection as one over its position in N_q, so that it is at most
-    `(1 + 1/2 + ... + 1/k) / k` (Valem and Pedronette, PRL 2020). Only figures of one k on one set of rows compare.
+    `(1 + 1/2 + ... + 1/k) / k` (Valem and Pedronette, PRL 2020). Only figures of one k on one set of rows compare, and
+    of graphs whose ties were drawn: above 100,000 rows `KNNGraph.from_index` leaves those of equal codes in one order,
+    which raises the figure of short codes.
 
     Args:
         graph: Neighbours of each row.
@@ -214,9 +239,9 @@ def quality(graph: KNNGraph, kind: Literal["authority", "reciprocal"] = "authori
     k = ranked.shape[1]
     weights = np.ones(k) if kind == "authority" else 1 / np.arange(1, k + 1)
     members, weighted = rows_to(ranked, np.ones((n, k))), rows_to(ranked, np.tile(weights, (n, 1)))
-    total = 0.0
-    for start in range(0, n, _ROWS_AT_ONCE):
-        block = slice(start, start + _ROWS_AT_ONCE)
+    total, step = 0.0, max(1, _PATHS_AT_ONCE // k**2)
+    for start in range(0, n, step):
+        block = slice(start, start + step)
         # Entry (q, j) of the product counts the i in N_q that have j in N_i.
         total += weighted[block].multiply(members[block] @ members).sum()
     return float(total / (n * k * k))
@@ -235,28 +260,9 @@ def rows_to(columns: np.ndarray, values: np.ndarray, width: int | None = None) -
     return sparse.csr_array((values[there], columns[there], starts), shape=(n, n if width is None else width))
 
 
-def _nearest(
-    rows: torch.Tensor, base: torch.Tensor, k: int, own: int | None, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest of `base` `[n, D]` to each row, int64 and float32 `[m, k]`; row 0 is number `own` of the base."""
-    n = len(base)
-    generator = torch.Generator().manual_seed(seed)
-    # A row draws where in one list of random numbers it begins: a number for each pair would take most of the time.
-    drawn = (_TIE * torch.rand(2 * n, generator=generator)).unfold(0, n, 1)
-    begins = torch.randint(n + 1, (len(rows),), generator=generator) if own is None else None
-    if begins is None:
-        begins = torch.randperm(n, generator=generator)[own : own + len(rows)]
-    neighbours, scores = [], []
-    for start in range(0, len(rows), step := max(1, _SCORES_AT_ONCE // n)):
-        block = rows[start : start + step] @ base.T
-        if own is not None:
-            places = torch.arange(len(block))
-            block[places, own + start + places] = -torch.inf
-        # Cosines of equal vectors are near 1, where float32 is too coarse for what is added; near 0 it is not.
-        best = (block - 1).add_(drawn[begins[start : start + step]]).topk(k, dim=1).indices
-        neighbours.append(best)
-        scores.append(block.gather(1, best))
-    return torch.cat(neighbours).numpy(), torch.cat(scores).numpy()
+def _filled(values: np.ndarray, width: int, empty: int) -> np.ndarray:
+    """Values `[n, k]` and behind them `empty`, `[n, width]`."""
+    return np.pad(values, ((0, 0), (0, width - values.shape[1])), constant_values=empty)
 
 
 def _without(ids: np.ndarray, scores: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -264,17 +270,3 @@ def _without(ids: np.ndarray, scores: np.ndarray, own: np.ndarray) -> tuple[np.n
     mine = (ids == own[:, None]) & (ids >= 0)
     mine[~mine.any(axis=1), -1] = True
     return ids[~mine].reshape(len(ids), -1), scores[~mine].reshape(len(ids), -1)
-
-
-def _checked(vectors: np.ndarray) -> torch.Tensor:
-    """Vectors as float32 `[n, D]`."""
-    vectors = np.asarray(vectors)
-    if vectors.ndim != 2 or not vectors.size or vectors.dtype.kind != "f":
-        raise ValueError(
-            f"vectors must be float [n, D], codes restored first, got {vectors.dtype} {list(vectors.shape)}"
-        )
-    rows = torch.from_numpy(vectors.astype(np.float32))
-    fit = rows.norm(dim=1).isfinite()
-    if not fit.all():
-        raise ValueError(f"vectors must be finite and shorter than 1e19, row {int((~fit).nonzero()[0])} is not")
-    return rows

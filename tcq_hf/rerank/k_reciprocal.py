@@ -9,7 +9,9 @@ from scipy import sparse
 from tqdm.auto import tqdm
 
 from .graph import KNNGraph, rows_to
+from .graph_checks import require_neighbours
 from .lists import check_lists, unit_queries
+from .nearest import TIE
 
 # Rows whose sets are extended at a time, pairs of vectors that are gathered, and one block of scores: 64 MiB, the pairs
 # at a width of 128.
@@ -17,7 +19,7 @@ _ROWS_AT_ONCE, _PAIRS_AT_ONCE, _SCORES_AT_ONCE = 8192, 2**16, 2**24
 # A distance is divided by the largest one to so many rows, taken evenly; of a gallery that has no more, to all.
 _FAR_ROWS = 10_000
 # Above the rounding of a cosine in float32, as in graphs; and of distances that are nothing but rounding.
-_TIE, _NO_DISTANCE = 1e-6, 1e-5
+_NO_DISTANCE = 1e-5
 # A score above this is no cosine, however it was rounded.
 _NO_COSINE = 1.001
 # The distance of orthogonal vectors, where no vector says how far rows can be.
@@ -69,14 +71,21 @@ class KReciprocal:
         Raises:
             ValueError: If it holds fewer, or for a transductive re-ranker no vectors.
         """
-        held = graph.neighbours.shape[1]
-        if held < min(self.k1, len(graph) - 1):
-            raise ValueError(f"k1={self.k1} needs as many neighbours a row, the graph holds {held}; lower k1")
+        require_neighbours(graph, self.k1, f"k1={self.k1}")
         if self.transductive and graph.vectors is None:
             raise ValueError("transductive=True puts queries into the graph, and this one has no vectors")
+        if self.transductive and graph.neighbours.shape[1] < self.k1:
+            raise ValueError(f"transductive=True needs a gallery of more than k1={self.k1} rows, got {len(graph)}")
         self._encoding = None if self.transductive else encode(graph, self.k1, self.k2)
         self._graph = graph
         return self
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the gallery; RuntimeError before fit."""
+        if self._graph is None:
+            raise RuntimeError("KReciprocal knows no gallery yet: call fit(graph) first")
+        return len(self._graph)
 
     def __call__(self, queries: np.ndarray | None, scores: Any, ids: Any) -> tuple[np.ndarray, np.ndarray]:
         """The rows of each list in their new order.
@@ -96,13 +105,13 @@ class KReciprocal:
             ValueError: If lists or queries are impossible, lists too narrow, scores that have to be cosines are none,
                 or a transductive re-ranker gets no queries.
         """
-        if self._graph is None:
-            raise RuntimeError("KReciprocal knows no gallery yet: call fit(graph) first")
-        scores, ids = check_lists(scores, ids, len(self._graph))
+        scores, ids = check_lists(scores, ids, self.num_rows)
         if queries is None and self.transductive:
             raise ValueError("transductive=True needs queries, got None")
         if ids.shape[1] < min(self.k1, len(self._graph)) and not self.transductive:
             raise ValueError(f"k1={self.k1} needs lists of as many places, got {ids.shape[1]}; search for more rows")
+        if not len(ids):
+            return scores, ids
         points, cosines = self._compared(queries, scores, ids)
         encoding, count = self._encoding, len(self._graph)
         if self.transductive:
@@ -141,7 +150,7 @@ class KReciprocal:
     ) -> sparse.csr_array:
         """V of queries over the gallery, float32 `[Q, n]`; what is missing to the sum 1 is the query's own entry."""
         n, near = len(self._graph), ids[:, : self.k1]
-        mutual = cosines[:, : self.k1] >= self._encoding.limits[near] - _TIE
+        mutual = cosines[:, : self.k1] >= self._encoding.limits[near] - TIE
         sets = rows_to(np.where(mutual, near, -1), np.ones(near.shape, np.float32), n)
         sets = _extended(sets, self._encoding.halves)
         if points is None:

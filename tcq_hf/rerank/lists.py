@@ -1,13 +1,17 @@
 """Queries and lists as FAISS takes and gives them in; checked, or newly ranked lists of the same shape, out."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from scipy import sparse
+from tqdm.auto import tqdm
+
+_QUERIES_AT_ONCE = 1024
 
 
 def check_lists(scores: Any, ids: Any, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Lists of a search as float32 and int64 `[Q, k]`; of places with the id -1, which hold no row, the score is -inf.
+    """Lists of a search as float32 and int64 `[Q, k]`; places that hold no row, with the id -1, get the score -inf.
 
     Args:
         scores: Numbers `[Q, k]`, larger is closer, best first.
@@ -61,6 +65,17 @@ def rank_by(similarity: sparse.csr_array, scores: np.ndarray, ids: np.ndarray) -
         end = len(order) + len(rest)
         rows[query, :end] = np.concatenate([found[order], rest])
         best[query, :end] = np.concatenate([values[order], np.zeros(len(rest))])
+    return best, rows
+
+
+def rank_in_blocks(
+    similarity: Callable[[slice], sparse.csr_array], scores: np.ndarray, ids: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """`rank_by` for a block of queries after the other; `similarity` gives that of a block."""
+    best, rows = np.empty(ids.shape, np.float32), np.empty(ids.shape, np.int64)
+    for start in tqdm(range(0, len(ids), _QUERIES_AT_ONCE), desc="Ranking anew", unit="block", delay=2):
+        block = slice(start, start + _QUERIES_AT_ONCE)
+        best[block], rows[block] = rank_by(similarity(block), scores[block], ids[block])
     return best, rows
 
 

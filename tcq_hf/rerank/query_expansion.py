@@ -7,6 +7,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .graph import KNNGraph
+from .graph_checks import require_neighbours
 from .lists import check_lists, unit_queries, unit_vectors
 
 # One block of scores or of gathered vectors: 64 MiB of float32.
@@ -53,13 +54,15 @@ class QueryExpansion:
         """
         if graph.vectors is None:
             raise ValueError("query expansion adds vectors and this graph has none; make it with KNNGraph.build")
-        vectors, held = graph.vectors.astype(np.float32, copy=False), graph.neighbours.shape[1]
         if self.database:
-            if held < min(self.k, len(graph) - 1):
-                raise ValueError(f"k={self.k} needs as many neighbours a row, the graph holds {held}; lower k")
-            vectors = self._moved(vectors, graph.neighbours, vectors)
-        self._vectors = vectors
+            require_neighbours(graph, self.k, f"database=True with k={self.k}")
+        self._vectors = self._moved(graph.vectors, graph.neighbours, graph.vectors) if self.database else graph.vectors
         return self
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the gallery; RuntimeError before fit."""
+        return len(self.embeddings())
 
     def embeddings(self) -> np.ndarray:
         """The vectors that queries are compared with, float32 `[n, D]` of unit norm, for FAISS or a dataset column.
@@ -88,6 +91,8 @@ class QueryExpansion:
             ValueError: If lists or queries are impossible, or the lists are too narrow.
         """
         vectors = self.embeddings()
+        if queries is None:
+            raise ValueError("query expansion moves queries and needs them, got None")
         _, ids = check_lists(scores, ids, len(vectors))
         if ids.shape[1] < min(self.k, len(vectors)):
             raise ValueError(f"k={self.k} needs lists of as many places, got {ids.shape[1]}; search for more rows")

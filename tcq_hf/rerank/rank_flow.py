@@ -4,11 +4,10 @@ from typing import Any
 
 import numpy as np
 from scipy import sparse
-from tqdm.auto import tqdm
 
-from .degenerate import warn_if_degenerate
 from .graph import KNNGraph, rows_to
-from .lists import check_lists, rank_by, unit_queries
+from .graph_checks import require_neighbours, warn_if_degenerate
+from .lists import check_lists, rank_in_blocks, unit_queries
 from .rank_steps import (
     components,
     confidences,
@@ -22,8 +21,6 @@ from .rank_steps import (
 )
 from .sparse_rows import narrow, unit_rows
 
-# Queries that are ranked at a time.
-_QUERIES_AT_ONCE = 1024
 _NOT_FITTED = "RankFlow knows no gallery yet: call fit(graph) first"
 
 
@@ -47,8 +44,8 @@ class RankFlow:
     A query is `W_q Z` of the first k rows of its list, and the gallery is ranked by the cosine of Z: rows that are not
     in the list come in, and rows whose Z has nothing in common with that of the query follow in the order of the list.
 
-    Rows that share their code make it worse than no re-ranking (`fit` warns). There are about n / 15 components: Z is
-    held sparse, but `embeddings()` of 50,000 rows takes 0.7 GB and of 100,000 rows 2.7 GB.
+    Rows that share their code make it worse than no re-ranking (`fit` warns). Z is held sparse; with n / 15 components
+    `embeddings()` of 50,000 rows takes 0.7 GB and of 100,000 rows 2.7 GB (digits have n / 18).
 
     Args:
         k: Rows of a neighbourhood, the row itself counted.
@@ -88,7 +85,8 @@ class RankFlow:
         """Let ranks flow through the gallery; if transductive, that waits for the queries.
 
         Args:
-            graph: Graph of the gallery with at least k - 1 neighbours a row; `depth - 1` make lists of `depth` rows.
+            graph: Graph of the gallery with at least k - 1 neighbours a row, or all other rows; `depth - 1` make lists
+                of `depth` rows.
             more: Graphs of the same rows by other models, to be fused: a pair of rows has the sum of its scores of step
                 1, plus one for each graph that lists it.
 
@@ -97,12 +95,7 @@ class RankFlow:
                 has no vectors or company.
         """
         for each in (graph, *more):
-            held = each.neighbours.shape[1]
-            if held < self.k - 1:
-                raise ValueError(
-                    f"k={self.k} counts the row itself and needs {self.k - 1} neighbours a row, the graph holds "
-                    f"{held}; build it with k={self.depth - 1} or lower k"
-                )
+            require_neighbours(each, self.k - 1, f"k={self.k} counts the row itself and")
             if len(each) != len(graph):
                 raise ValueError(f"all graphs must be of the same rows, got graphs of {len(graph)} and {len(each)}")
             warn_if_degenerate(each, self.k)
@@ -131,7 +124,8 @@ class RankFlow:
     def embeddings(self) -> np.ndarray:
         """Z of each row of the gallery, float32 `[n, C]` of unit norm, for FAISS or a dataset column.
 
-        Rows that share nothing with a component are zeros.
+        Rows that share nothing with a component are zeros, so that an index of them must be one of inner products: by
+        distance zeros would stand before all that is less than half alike.
 
         Raises:
             RuntimeError: Before fit.
@@ -141,7 +135,7 @@ class RankFlow:
         return unit_rows(self._embedding).toarray()
 
     def embed_queries(self, scores: Any, ids: Any) -> np.ndarray:
-        """Z of queries, float32 `[Q, C]` of unit norm, with which any index of `embeddings()` can be searched.
+        """Z of queries, float32 `[Q, C]` of unit norm, to search an index of `embeddings()` with, by inner product.
 
         Args:
             scores: Numbers `[Q, k]` of their lists, checked but not used.
@@ -154,6 +148,13 @@ class RankFlow:
         """
         self._check("embed_queries")
         return self._embedded(check_lists(scores, ids, len(self._graph))[1]).toarray()
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the gallery; RuntimeError before fit."""
+        if self._graph is None:
+            raise RuntimeError(_NOT_FITTED)
+        return len(self._graph)
 
     def __call__(self, queries: np.ndarray | None, scores: Any, ids: Any) -> tuple[np.ndarray, np.ndarray]:
         """The rows of the gallery whose embeddings are most like that of each query.
@@ -178,15 +179,12 @@ class RankFlow:
         elif self._graph is None:
             raise RuntimeError(_NOT_FITTED)
         scores, ids = check_lists(scores, ids, len(self._graph))
-        if self.transductive:
-            points, columns = self._with_queries(queries, len(ids))
-        else:
-            points, columns = self._embedded(ids), self._columns
-        found = []
-        for start in tqdm(range(0, len(ids), _QUERIES_AT_ONCE), desc="Ranking by embedding", unit="block", delay=2):
-            block = slice(start, start + _QUERIES_AT_ONCE)
-            found.append(rank_by(points[block] @ columns, scores[block], ids[block]))
-        return tuple(np.concatenate(part) for part in zip(*found, strict=True)) if found else (scores, ids)
+        if not self.transductive:
+            return rank_in_blocks(lambda block: self._embedded(ids[block]) @ self._columns, scores, ids)
+        if not len(ids):
+            return scores, ids
+        points, columns = self._with_queries(queries, len(ids))
+        return rank_in_blocks(lambda block: points[block] @ columns, scores, ids)
 
     def _check(self, what: str) -> None:
         if self._graph is None:

@@ -56,7 +56,7 @@ def hyperedge_weights(k: int) -> np.ndarray:
 def hyperedges(lists: np.ndarray, k: int) -> sparse.csr_array:
     """E of step 2, symmetric float32 `[n, n]`."""
     near = lists[:, :k]
-    first = narrow(rows_to(near, np.tile(hyperedge_weights(k), (len(near), 1))))
+    first = narrow(rows_to(near, np.tile(hyperedge_weights(k)[: near.shape[1]], (len(near), 1))))
     # Place k has the weight 0.
     first.eliminate_zeros()
     reached = first + first @ first

@@ -17,25 +17,20 @@ from tcq_hf import FeatureCache, TCQImageProcessor, TCQModel, TCQTrainer, TCQTra
 from tcq_hf.evaluation import baselines
 from tcq_hf.evaluation.list_metrics import mean_average_precision_of_lists
 from tcq_hf.evaluation.protocols import Split, by_labels, cifar10_ii, validation
-from tcq_hf.rerank.diffusion import Diffusion
-from tcq_hf.rerank.fusion import reciprocal_rank_fusion
-from tcq_hf.rerank.graph import KNNGraph
-from tcq_hf.rerank.k_reciprocal import KReciprocal
-from tcq_hf.rerank.query_expansion import QueryExpansion
-from tcq_hf.rerank.rank_flow import RankFlow
+from tcq_hf.rerank import Diffusion, KNNGraph, KReciprocal, QueryExpansion, RankFlow, reciprocal_rank_fusion
 
 TEXT = """Frozen ViT-Ti/16 (ImageNet-21k then 1k, supervised), 224 px. Lists of {depth} rows from an exhaustive search;
 each re-ranker sees the graph of the gallery and each query's own list, nothing else (out of sample). Codes are those
 of the default training, seed 0, and of FAISS PQ on the same features; *float* is a learned embedding before it is
 quantized. The gallery stands in random order, so that rows of equal code have no order that means something.
-mAP@{depth} with the hits-in-k denominator; *strict* is that with min(k, relevant). The options of each method are the
-best of its grid, by strict mAP on 32-bit learned codes, for pseudo-queries: {pseudo}.
+mAP@{depth} with the hits-in-k denominator; *strict* is that with min(k, relevant).
+
+The options of each method are the best of its grid, by strict mAP on 32-bit learned codes, for pseudo-queries: a tenth
+of the training pictures, taken out of the gallery, for which only the training pictures among what they find count. No
+label of a test query or of another row of the gallery was looked at.
 
 *fit* is what has to be done once when the graph is there, *ms a query* the median of 100 single queries, *memory* the
 most that a process of its own held beyond vectors and graph (VmHWM). Two threads."""
-
-PSEUDO = """a tenth of the training pictures, taken out of the gallery, for which only the training pictures among what
-they find count. No label of a test query or of another row of the gallery was looked at"""
 
 FUSION = "Reciprocal-rank fusion of the lists of the three learned codes, no re-ranking:"
 
@@ -65,7 +60,7 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS), help="of pictures")
     parser.add_argument("--gallery", type=int, help="rows of the gallery, to try it out (default: all)")
     arguments = parser.parse_args()
-    parts: list = [TEXT.format(depth=f"{DEPTH:,}", pseudo=PSEUDO)]
+    parts: list = [TEXT.format(depth=f"{DEPTH:,}")]
     for name in arguments.sets:
         split = SETS[name]()
         parts += [f"## {name}", *sections(split, gallery_of(split, arguments.gallery))]

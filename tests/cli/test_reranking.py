@@ -20,11 +20,7 @@ from tcq_hf.cli import main
 from tcq_hf.cli.inputs import load_pictures
 from tcq_hf.index.dataset_index import attach_index
 from tcq_hf.index.faiss_index import build_index
-from tcq_hf.rerank.fusion import Fusion
-from tcq_hf.rerank.graph import KNNGraph
-from tcq_hf.rerank.k_reciprocal import KReciprocal
-from tcq_hf.rerank.query_expansion import QueryExpansion
-from tcq_hf.rerank.rank_flow import RankFlow
+from tcq_hf.rerank import Diffusion, Fusion, KNNGraph, KReciprocal, QueryExpansion, RankFlow
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +60,8 @@ def ranked(printed):
     [
         ("query-expansion", QueryExpansion(), 10),
         ("database-augmentation", QueryExpansion(database=True), 10),
-        ("k-reciprocal", KReciprocal(), 31),
+        ("k-reciprocal", KReciprocal(), 20),
+        ("diffusion", Diffusion(), 31),
         ("rank-flow", RankFlow(), 31),
     ],
 )
@@ -96,6 +93,13 @@ def test_a_graph_is_kept_and_held_against_the_codes(asked, models, loaded, tmp_p
     assert "is that of other codes; delete it or name another file" in capsys.readouterr().err
 
 
+def test_a_graph_of_too_few_neighbours_is_refused(asked, tmp_path, capsys):
+    path = str(tmp_path / "graph.safetensors")
+    assert main([*asked, "--rerank", "query-expansion", "--graph", path]) == 0
+    assert main([*asked, "--rerank", "diffusion", "--graph", path]) == 1
+    assert "holds 10 neighbours a row, --rerank diffusion needs 31" in capsys.readouterr().err
+
+
 def test_lists_of_two_models_are_fused_and_drawn(asked, models, loaded, tmp_path, capsys):
     grid, single = tmp_path / "grid.png", tmp_path / "single.png"
     assert main([*asked, "--fuse", str(models[1]), "--grid", str(grid)]) == 0
@@ -122,7 +126,6 @@ def test_both_go_together(asked, models, capsys):
     [
         (["--graph", "graph.safetensors"], "--graph is the file of the neighbours that --rerank needs"),
         (["--rerank", "k-reciprocal", "--filter", "label=odd"], "--filter cannot go with --rerank"),
-        (["--rerank", "diffusion"], "k=50 counts the row itself and needs 49 neighbours a row, the graph holds 31"),
     ],
 )
 def test_what_cannot_be_is_refused(asked, capsys, options, message):

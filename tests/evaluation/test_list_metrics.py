@@ -69,6 +69,7 @@ def test_a_query_without_relevant_rows_counts_zero_or_is_left_out():
         ([[0]], [0], [[0, 1]], {}, r"or both with C columns, got \[1\] and \[1, 2\]"),
         ([[0], [2]], [0, 1], [0, 1], {}, "the list of query 1 has an id that is no row from 0 to 1"),
         ([[-2]], [0], [0], {}, "the list of query 0"),
+        ([[0, 1], [1, 1]], [0, 1], [0, 1], {}, "the list of query 1 has one id twice"),
         ([[0]], [0], [0], {"k": 0}, "k must be at least 1, got 0"),
         ([[0]], [0], [0], {"denominator": "all"}, "'hits' or 'relevant', got 'all'"),
         ([[0]], [0], [0, 0], {"exclude_self": True}, "needs the queries to be the database, got 1 and 2"),

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import datasets
+import faiss
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -331,7 +332,7 @@ def test_a_picture_needs_the_processor(indexed, model, pictures):
             search(indexed, query, model)
 
 
-@pytest.mark.parametrize("query", [None, 0.5, [0.1, 0.2], {"caption": "a cat"}])
+@pytest.mark.parametrize("query", [None, 0.5, [1, 2], {"caption": "a cat"}])
 def test_what_is_no_picture_is_refused(indexed, model, processor, query):
     with pytest.raises(TypeError, match=r"a picture must be|one picture"):
         search(indexed, query, model, processor)
@@ -510,7 +511,7 @@ def test_fused_lists_are_filtered_and_ranked_anew(two_indexes, model, processor)
 
 
 def test_what_cannot_go_together_is_refused(indexed, two_indexes, model, processor):
-    dataset, other, _ = two_indexes
+    dataset, other, fusion = two_indexes
     reranker = QueryExpansion(k=3).fit(KNNGraph.from_index(dataset.get_index("codes").faiss_index, 5))
     with pytest.raises(ValueError, match="filters cannot go with rerank"):
         search(dataset, 7, model, processor, 5, "codes", filters={"label": 1}, rerank=reranker)
@@ -519,8 +520,30 @@ def test_what_cannot_go_together_is_refused(indexed, two_indexes, model, process
     with pytest.raises(ValueError, match="no index 'absent'"):
         search(dataset, 7, model, processor, 5, "codes", fuse=Fusion({"absent": (other, processor)}))
     small = QueryExpansion(k=3).fit(KNNGraph.build(np.eye(10, 32, dtype=np.float32), 5))
-    with pytest.raises(ValueError, match="no row from 0 to 9"):
+    with pytest.raises(ValueError, match="rerank knows a gallery of 10 rows, the dataset has 32"):
         search(dataset, 7, model, processor, 5, "codes", rerank=small)
-    vectors = np.random.default_rng(0).standard_normal((99, 32)).astype(np.float32)
-    with pytest.raises(ValueError, match="rows beyond the 32 of the dataset: its graph is of another one"):
-        search(dataset, 7, model, processor, 5, "codes", rerank=QueryExpansion(k=3).fit(KNNGraph.build(vectors, 5)))
+    with pytest.raises(TypeError, match=r"got the class; use QueryExpansion\(\).fit\(graph\)"):
+        search(dataset, 7, model, processor, 5, "codes", rerank=QueryExpansion)
+    with pytest.raises(RuntimeError, match="call fit"):
+        search(dataset, 7, model, processor, 5, "codes", rerank=QueryExpansion())
+    for embedding in (np.float32(dataset[7]["embedding"]), dataset[7]["embedding"]):
+        with pytest.raises(ValueError, match="an embedding is that of one model and fuse asks others too"):
+            search(dataset, embedding, model, processor, 5, "codes", fuse=fusion)
+
+
+def test_an_index_that_gives_no_single_rows_is_refused_whatever_the_query(encoded, model):
+    shards = faiss.IndexShards(32, False, False)
+    part = build_index(model, codes_array(encoded))
+    shards.add_shard(part)
+    dataset = attach_index(encoded, shards, "codes")
+    reranker = QueryExpansion(k=3).fit(KNNGraph.from_index(part, 5))
+    plain = dataset.get_index("codes").faiss_index
+    with pytest.raises(ValueError, match="IndexShards"):
+        search(dataset, np.float32(dataset[0]["embedding"]), model, k=3, rerank=reranker)
+    assert plain is shards
+
+
+def test_an_embedding_may_come_as_a_row_has_it(indexed, model):
+    embedding = indexed[5]["embedding"]
+    assert isinstance(embedding, list)
+    assert_same(pairs(search(indexed, embedding, model)), pairs(search(indexed, np.float32(embedding), model)))

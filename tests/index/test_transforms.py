@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import json
 import math
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import sklearn.decomposition
 from datasets import Dataset
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from tcq_hf import build_index
@@ -323,6 +325,47 @@ def test_no_file_a_damaged_one_and_another_one_are_refused(tmp_path):
     save_file({"rows": rows_of()}, path)
     with pytest.raises(ValueError, match="holds no chain"):
         Chain.load(path)
+
+
+def test_a_chain_file_that_was_tampered_with_is_refused(tmp_path):
+    path, chain = tmp_path / "chain.safetensors", fit_chain([Step("pca", 3), Step("l2")], train=rows_of())
+    chain.save(path)
+    with safe_open(path, "np") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    broken = tensors["0.weight"].copy()
+    broken[1, 2] = np.nan
+    for changed, message in [
+        ({"0.weight": None}, "has a weight unless it is 'l2'"),
+        ({"0.weight": broken}, "weight of a step must be finite float32"),
+        ({"0.bias": np.zeros(7, np.float32)}, "bias of a step has a shape that does not fit"),
+        (
+            {"0.weight": np.ones((3, 5), np.float32), "0.mean": np.zeros(5, np.float32)},
+            "takes rows of width 5, 12 comes",
+        ),
+        ({"7.weight": broken}, "IndexError"),
+        ({"0.step": broken}, "TypeError"),
+    ]:
+        kept = {name: values for name, values in (tensors | changed).items() if values is not None}
+        save_file(kept, path, metadata=metadata)
+        with pytest.raises(ValueError, match=f"chain file .* is damaged: .*{message}"):
+            Chain.load(path)
+    for recipe in ("{", "[]", json.dumps({"input_dim": 12}), json.dumps({"input_dim": 12, "steps": [{"sort": "pca"}]})):
+        save_file(tensors, path, metadata=metadata | {"chain": recipe})
+        with pytest.raises(ValueError, match=r"chain file .* is damaged"):
+            Chain.load(path)
+
+
+@pytest.mark.parametrize("hide", [faiss.IndexShards, faiss.IndexReplicas, faiss.IndexRefineFlat])
+def test_learned_codebooks_are_seen_through_what_holds_them(hide):
+    words = unit(np.random.default_rng(0).standard_normal((12 * 16, 1)).astype(np.float32)).reshape(12, 16, 1)
+    learned = build_index(words, np.zeros((40, 12), np.uint8))
+    if hide is faiss.IndexRefineFlat:
+        outer = faiss.IndexRefineFlat(build_index(words))
+    else:
+        outer = hide(12)
+        outer.add_shard(learned) if hide is faiss.IndexShards else outer.addIndex(learned)
+    with pytest.raises(ValueError, match="inner holds learned codebooks"):
+        export_index(fit_chain([Step("rotation")], train=rows_of()), outer)
 
 
 def test_what_was_there_stays_where_a_chain_cannot_be_written(tmp_path, monkeypatch):

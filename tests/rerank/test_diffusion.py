@@ -5,6 +5,7 @@ import pytest
 from scipy import sparse
 
 from tcq_hf.rerank import diffusion as module
+from tcq_hf.rerank import lists as lists_module
 from tcq_hf.rerank.diffusion import Diffusion, diffuse, transitions
 from tcq_hf.rerank.graph import KNNGraph
 
@@ -142,7 +143,7 @@ def test_queries_ranked_apart_are_ranked_as_together(monkeypatch):
     gallery, queries = clusters()
     reranker, lists = Diffusion(k=8).fit(KNNGraph.build(gallery, 7)), search(queries, gallery, 20)
     scores, rows = reranker(queries, *lists)
-    monkeypatch.setattr(module, "_QUERIES_AT_ONCE", 5)
+    monkeypatch.setattr(lists_module, "_QUERIES_AT_ONCE", 5)
     parts = [
         reranker(queries, *lists),
         [

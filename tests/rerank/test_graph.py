@@ -7,6 +7,7 @@ from safetensors.numpy import save_file
 
 from tcq_hf import build_index
 from tcq_hf.rerank import graph as module
+from tcq_hf.rerank import nearest
 from tcq_hf.rerank.graph import KNNGraph, quality
 
 
@@ -24,7 +25,7 @@ def vectors_of(rows=60, width=5, seed=0):
 @pytest.mark.parametrize("k", [1, 7, 59])
 @pytest.mark.parametrize("block", [1, 200, 2**24])
 def test_neighbours_are_those_of_a_full_sort(monkeypatch, k, block):
-    monkeypatch.setattr(module, "_SCORES_AT_ONCE", block)
+    monkeypatch.setattr(nearest, "_SCORES_AT_ONCE", block)
     vectors = vectors_of()
     graph = KNNGraph.build(vectors, k)
     cosines = unit(vectors.astype(np.float64)) @ unit(vectors.astype(np.float64)).T
@@ -112,7 +113,7 @@ def distinct_codes(rows):
 @pytest.mark.parametrize("mode", ["exact", "fast", "ivf"])
 @pytest.mark.parametrize("exact_rows", [0, 100_000])
 def test_the_graph_of_an_index_is_that_of_its_restored_vectors(monkeypatch, mode, exact_rows):
-    monkeypatch.setattr(module, "_EXACT_ROWS", exact_rows)
+    monkeypatch.setattr(module, "EXACT_ROWS", exact_rows)
     monkeypatch.setattr(module, "_ASKED_AT_ONCE", 7)
     codebooks, codes = codebooks_of(), distinct_codes(60)
     index = build_index(codebooks, codes, mode)
@@ -127,7 +128,7 @@ def test_the_graph_of_an_index_is_that_of_its_restored_vectors(monkeypatch, mode
 
 
 def test_rows_of_one_code_never_name_themselves_in_an_index(monkeypatch):
-    monkeypatch.setattr(module, "_EXACT_ROWS", 0)
+    monkeypatch.setattr(module, "EXACT_ROWS", 0)
     index = build_index(codebooks_of(), np.zeros((50, 4), np.uint8))
     graph = KNNGraph.from_index(index, 3)
     assert not (graph.neighbours == np.arange(50)[:, None]).any()
@@ -135,7 +136,7 @@ def test_rows_of_one_code_never_name_themselves_in_an_index(monkeypatch):
 
 
 def test_an_index_without_codes_or_rows_is_refused():
-    with pytest.raises(TypeError, match=r"a IndexFlatIP has no learned codes; use KNNGraph.build"):
+    with pytest.raises(TypeError, match="index must come from build_index or load_index, got IndexFlatIP"):
         KNNGraph.from_index(faiss.IndexFlatIP(4), 3)
     with pytest.raises(ValueError, match="k must be from 1 to 9, the other rows, got 10"):
         KNNGraph.from_index(build_index(codebooks_of(), codes_of(10)), 10)
@@ -165,6 +166,13 @@ def test_what_cannot_be_appended_is_refused():
         graph.append(np.full((1, 5), np.nan, np.float32))
     with pytest.raises(ValueError, match="a graph without vectors cannot grow"):
         KNNGraph(graph.neighbours, graph.scores).append(vectors_of(3))
+
+
+def test_more_rows_than_a_graph_has_places_for_are_filled_up():
+    graph = KNNGraph.build(np.eye(2, 3), 1)
+    wide = KNNGraph(np.array([[1, -1, -1], [0, -1, -1]]), np.zeros((2, 3), np.float32), graph.vectors)
+    first, second, added = wide.append(np.array([[1.0, 1, 1]])).neighbours.tolist()
+    assert (first, second, sorted(added)) == ([2, 1, -1], [2, 0, -1], [-1, 0, 1])
 
 
 @pytest.mark.parametrize("with_vectors", [True, False])
@@ -205,7 +213,8 @@ def test_a_row_without_neighbours_has_no_edges():
     [
         ([[1, 1], [0, -1]], [[1.0, 1], [1, 1]], "row 0 names one neighbour twice"),
         ([[-1, 1], [0, -1]], [[1.0, 1], [1, 1]], "those of row 0 are not"),
-        ([[1], [0]], [[1.0], [np.nan]], "scores must be numbers, one of row 1 is NaN"),
+        ([[1], [0]], [[7.0], [1.0]], "one of row 0 is not; divide those of an index of codes by M"),
+        ([[1], [0]], [[1.0], [np.nan]], "scores must be cosines, one of row 1 is not"),
         ([1, 0], [1.0, 1.0], r"must have one shape \[n, k\], got \(2,\)"),
         ([[1], [0]], [[1.0, 1.0], [1.0, 1.0]], r"got \(2, 1\) and \(2, 2\)"),
         ([[1], [2]], [[1.0], [1.0]], "from 0 to 1, with -1 .* those of row 1 are not"),
@@ -217,13 +226,29 @@ def test_impossible_graphs_are_refused(neighbours, scores, message):
         KNNGraph(np.array(neighbours), np.array(scores, dtype=np.float32))
 
 
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"neighbours": np.ones((2, 1))}, TypeError, "neighbours must be integers, got float64"),
+        ({"scores": np.ones((2, 1))}, TypeError, "scores must be float32, got float64"),
+        ({"vectors": np.eye(2)}, TypeError, "vectors must be float32, got float64"),
+        ({"vectors": np.eye(3, dtype=np.float32)}, ValueError, r"vectors must be \[2, D\], got \[3, 3\]"),
+        ({"vectors": np.diag([1.0, 2]).astype("f")}, ValueError, "unit norm or be zeros, row 1 has 2"),
+    ],
+)
+def test_graphs_of_other_types_or_lengths_are_refused(changed, error, message):
+    fields = {"neighbours": np.array([[1], [0]]), "scores": np.ones((2, 1), np.float32), "vectors": None}
+    with pytest.raises(error, match=message):
+        KNNGraph(**fields | changed)
+
+
 # --- Quality ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["authority", "reciprocal"])
-@pytest.mark.parametrize("rows_at_once", [7, 4096])
-def test_quality_is_its_definition(monkeypatch, kind, rows_at_once):
-    monkeypatch.setattr(module, "_ROWS_AT_ONCE", rows_at_once)
+@pytest.mark.parametrize("paths_at_once", [300, 2**22])
+def test_quality_is_its_definition(monkeypatch, kind, paths_at_once):
+    monkeypatch.setattr(module, "_PATHS_AT_ONCE", paths_at_once)
     graph = KNNGraph.build(vectors_of(40), 5)
     lists = [[row, *near] for row, near in enumerate(graph.neighbours.tolist())]
     total = 0.0

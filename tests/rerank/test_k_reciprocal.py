@@ -283,7 +283,7 @@ def test_impossible_parameters_are_refused(given, message):
 def test_what_does_not_fit_is_refused():
     graph = KNNGraph.build(clustered(), 19)
     bare = KNNGraph(graph.neighbours, graph.scores)
-    with pytest.raises(ValueError, match="k1=20 needs as many neighbours a row, the graph holds 19"):
+    with pytest.raises(ValueError, match="k1=20 needs 20 neighbours a row, the graph holds 19"):
         KReciprocal().fit(graph)
     with pytest.raises(ValueError, match="transductive=True puts queries into the graph, and this one has no vectors"):
         KReciprocal(5, 2, transductive=True).fit(bare)
@@ -310,3 +310,9 @@ def test_impossible_queries_and_lists_are_refused(queries, scores, ids, error, m
     reranker = KReciprocal(2, 1).fit(KNNGraph.build(clustered(), 3))
     with pytest.raises(error, match=message):
         reranker(queries, np.array(scores), np.array(ids))
+
+
+def test_a_transductive_gallery_has_more_rows_than_neighbours():
+    graph = KNNGraph.build(np.random.default_rng(0).standard_normal((15, 5)).astype(np.float32), 14)
+    with pytest.raises(ValueError, match="needs a gallery of more than k1=20 rows, got 15"):
+        KReciprocal(transductive=True).fit(graph)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tcq_hf.rerank import rank_flow, rank_steps
+from tcq_hf.rerank import lists, rank_steps
 from tcq_hf.rerank.graph import KNNGraph
 from tcq_hf.rerank.rank_flow import RankFlow
 from tcq_hf.rerank.rank_steps import components, confidences, hyperedge_weights, hyperedges, place_scores, start_lists
@@ -262,7 +262,7 @@ def test_fused_lists_are_sorted_by_the_sum_of_scores():
 
 
 def test_queries_are_ranked_by_the_cosine_of_their_embedding(monkeypatch):
-    monkeypatch.setattr(rank_flow, "_QUERIES_AT_ONCE", 4)
+    monkeypatch.setattr(lists, "_QUERIES_AT_ONCE", 4)
     gallery, queries = clusters()
     graph = KNNGraph.build(gallery, 29)
     loop, fitted = Loop(start_lists(graph, 30), 6, 2), RankFlow(6, depth=30).fit(graph)

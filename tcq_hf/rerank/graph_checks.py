@@ -1,15 +1,24 @@
-"""A graph in, how many neighbours are mere copies out, and a warning where a re-ranker cannot trust it."""
+"""What a re-ranker asks of a graph: enough neighbours, and that they are no mere copies."""
 
 import warnings
 
 from .graph import KNNGraph
+from .nearest import TIE
 
-# Above the rounding of a cosine in float32, as in graphs.
-_TIE = 1e-6
 # PQ codes of handwritten digits, by the share of copies among 19 and 49 neighbours: up to 0.05 diffusion gains all but
 # a few points of what it gains from floats and rank flow more than a third, from 0.1 to 0.13 diffusion keeps half or
 # less at times and rank flow begins to lose, and from 0.25 on rank flow loses always at 19 and diffusion now and then.
 _LIMIT = 0.1
+
+
+def require_neighbours(graph: KNNGraph, wanted: int, why: str) -> None:
+    """Raise ValueError, beginning with `why`, unless a graph holds so many neighbours a row, or all other rows."""
+    held, wanted = graph.neighbours.shape[1], min(wanted, len(graph) - 1)
+    if held < wanted:
+        raise ValueError(
+            f"{why} needs {wanted} neighbours a row, the graph holds {held}: build the graph with k={wanted}, or lower "
+            "that of the re-ranker"
+        )
 
 
 def copies(graph: KNNGraph, k: int) -> float:
@@ -20,7 +29,7 @@ def copies(graph: KNNGraph, k: int) -> float:
         k: Rows of a neighbourhood, the row itself counted.
     """
     there = graph.neighbours[:, : k - 1] >= 0
-    return float((there & (graph.scores[:, : k - 1] >= 1 - _TIE)).sum() / max(1, there.sum()))
+    return float((there & (graph.scores[:, : k - 1] >= 1 - TIE)).sum() / max(1, there.sum()))
 
 
 def warn_if_degenerate(graph: KNNGraph, k: int) -> None:
