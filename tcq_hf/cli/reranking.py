@@ -15,11 +15,11 @@ from tcq_hf.rerank.graph import EXACT_ROWS
 
 from . import inputs
 
-# Each with the neighbours of a row that its graph has.
+# Each with the neighbours of a row that its graph has: one graph serves all but the last.
 _RERANKERS = {
-    "query-expansion": (QueryExpansion, 10),
-    "database-augmentation": (partial(QueryExpansion, database=True), 10),
-    "k-reciprocal": (KReciprocal, 20),
+    "query-expansion": (QueryExpansion, 49),
+    "database-augmentation": (partial(QueryExpansion, database=True), 49),
+    "k-reciprocal": (KReciprocal, 49),
     "diffusion": (Diffusion, 49),
     "rank-flow": (RankFlow, 399),
 }

@@ -3,6 +3,9 @@
 Every baseline learns from the features `train` alone and gives `(queries, database)`, float32 vectors whose inner
 product is its score: `evaluate(*pq(queries, database, train, bits=32), query_labels, database_labels)`. All scale the
 features to unit norm first.
+
+Signs are codes of one bit a codebook, and go into an index as learned codes do:
+`build_index(np.tile([[[-1.0], [1.0]]], (bits, 1, 1)), (database > 0).astype("uint8"))`, asked with those of queries.
 """
 
 import faiss

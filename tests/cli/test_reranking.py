@@ -58,9 +58,9 @@ def ranked(printed):
 @pytest.mark.parametrize(
     ("name", "reranker", "k"),
     [
-        ("query-expansion", QueryExpansion(), 10),
-        ("database-augmentation", QueryExpansion(database=True), 10),
-        ("k-reciprocal", KReciprocal(), 20),
+        ("query-expansion", QueryExpansion(), 31),
+        ("database-augmentation", QueryExpansion(database=True), 31),
+        ("k-reciprocal", KReciprocal(), 31),
         ("diffusion", Diffusion(), 31),
         ("rank-flow", RankFlow(), 31),
     ],
@@ -87,15 +87,15 @@ def test_a_graph_is_kept_and_held_against_the_codes(asked, models, loaded, tmp_p
     assert main(reranked) == 0
     assert (capsys.readouterr().out, path.stat().st_mtime_ns) == (first, written)
     graph = KNNGraph.load(path)
-    assert (graph.neighbours == KNNGraph.from_index(loaded[2].get_index("codes").faiss_index, 10).neighbours).all()
+    assert (graph.neighbours == KNNGraph.from_index(loaded[2].get_index("codes").faiss_index, 31).neighbours).all()
     other = [str(models[1]) if part == str(models[0]) else part for part in reranked]
     assert main(other) == 1
     assert "is that of other codes; delete it or name another file" in capsys.readouterr().err
 
 
-def test_a_graph_of_too_few_neighbours_is_refused(asked, tmp_path, capsys):
+def test_a_graph_of_too_few_neighbours_is_refused(asked, loaded, tmp_path, capsys):
     path = str(tmp_path / "graph.safetensors")
-    assert main([*asked, "--rerank", "query-expansion", "--graph", path]) == 0
+    KNNGraph.from_index(loaded[2].get_index("codes").faiss_index, 10).save(path)
     assert main([*asked, "--rerank", "diffusion", "--graph", path]) == 1
     assert "holds 10 neighbours a row, --rerank diffusion needs 31" in capsys.readouterr().err
 

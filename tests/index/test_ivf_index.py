@@ -212,7 +212,7 @@ def test_it_searches_through_datasets_and_a_filter(large):
     np.testing.assert_array_equal(rows, ivf.search(queries[:1], 5)[1][0])
     some = np.arange(3, 20_000, 7)
     scores, rows = _search_some(ivf, some, queries[0], 5)
-    np.testing.assert_array_equal(scores, build_index(codebooks, codes[some]).search(queries[:1], 5)[0][0])
+    np.testing.assert_array_equal(scores, build_index(codebooks, codes[some]).search(queries[:1], 5)[0])
     assert (rows % 7 == 3).all()
 
 

@@ -56,7 +56,7 @@ SYSTEMS = (
     System(10, "UAIR, adversarial retrieval", "Huang et al., MIPR 2019", "in the spirit of", ""),
     System(
         *(11, "UDH with adaptive features", "Zhu et al., IEEE SPL 2019"),
-        *("in the spirit of", '`PseudoLabelCallback`, `negative_filter="groups"`'),
+        *("in the spirit of", '`PseudoLabelCallback`, `negative_filter="auto"`'),
     ),
     System(12, "Semantic regions and flatness", "Li, Gu et al., ICME 2020", "in the spirit of", ""),
     System(

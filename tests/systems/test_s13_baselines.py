@@ -55,12 +55,24 @@ def test_selected_bits_find_better_than_random_ones(digits, bits):
     assert selected >= mean_of_seeds(random_projections, digits, bits) + (0.05 if bits < 64 else 0.03)
 
 
+@pytest.mark.parametrize("method", [random_projections, selected_projections, itq])
+def test_signs_are_searched_by_the_index_of_learned_codes(digits, method):
+    rows, _ = digits
+    queries, database = method(rows, rows, rows, 32)
+    index = build_index(np.tile([[[-1.0], [1.0]]], (32, 1, 1)), (database > 0).astype(np.uint8))
+    scores, ids = index.search(queries[:50], len(rows))
+    assert index.code_size == 4
+    # Whole numbers: the ranking is that of brute force, ties apart.
+    np.testing.assert_array_equal(scores, -np.sort(-(queries[:50] @ database.T), axis=1))
+    np.testing.assert_array_equal(scores, np.take_along_axis(queries[:50] @ database.T, ids, axis=1))
+
+
 @pytest.mark.parametrize("bits", [16, 32, 64])
 def test_other_baselines_are_those_of_the_reference(digits, bits):
     rows, labels = digits
-    queries, database = itq(rows, rows, rows, bits)
-    # FAISS gave the reference's ten rows a bit to learn from, ours learns from all.
-    assert map_of(queries @ database.T, labels) == pytest.approx(ITQ[bits], abs=0.03)
+    # FAISS gave the reference's ten rows a bit to learn from, ours learns from all. Where a run ends depends on the
+    # last bits of products too: .58 to .64 at 32 bits, by seed and number of threads.
+    assert mean_of_seeds(itq, digits, bits) == pytest.approx(ITQ[bits], abs=0.03)
     queries, database = pq(rows, rows, rows, bits, codebook_bits=4)
     database /= np.linalg.norm(database, axis=1, keepdims=True)
     assert map_of(queries @ database.T, labels) == pytest.approx(PQ[bits], abs=0.01)
