@@ -136,7 +136,7 @@ def search(
         TypeError: If `rerank` is a class, or the query is several.
         ValueError: If the index belongs to another model, k exceeds its size, the query has a wrong shape, rows are
             filtered that a re-ranker could bring back, its gallery is another one, an embedding of one model is to be
-            fused with lists of others, or the index, being on a GPU, gives no single rows.
+            fused with lists of others, depth is below 1, or the index, being on a GPU, gives no single rows.
     """
     index_name = _index_name(dataset, index_name)
     clash = {"row", "score", "similarity"} & set(dataset.column_names)
@@ -146,6 +146,8 @@ def search(
         _check_reranker(rerank, len(dataset), filters)
     if fuse is not None and is_embedding(query):
         raise ValueError("an embedding is that of one model and fuse asks others too; give a picture or a row as query")
+    if depth < 1:
+        raise ValueError(f"depth must be at least 1, got {depth}")
     if rerank is not None or fuse is not None:
         _with_single_rows(dataset.get_index(index_name).faiss_index)
     allowed = matching_rows(dataset, filters) if filters else None

@@ -88,6 +88,8 @@ class FittedStep:
                 raise ValueError(f"{name} of a step must be finite float32, got {values.dtype}")
         if self.weight is None:
             return
+        if self.step.kind.startswith("pca") and any(each is None for each in (self.bias, self.mean, self.eigenvalues)):
+            raise ValueError(f"a step of kind {self.step.kind!r} has a bias, a mean and eigenvalues")
         given, taken = self.weight.shape if self.weight.ndim == 2 else (None, None)
         shapes = {"weight": (given, taken), "bias": (given,), "mean": (taken,), "eigenvalues": (given,)}
         for name, shape in shapes.items():

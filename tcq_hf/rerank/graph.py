@@ -192,15 +192,16 @@ class KNNGraph:
             raise FileNotFoundError(f"no graph file {path}")
         try:
             with safe_open(path, "np") as file:
-                kind, tensors = (
-                    (file.metadata() or {}).get("kind"),
-                    {name: file.get_tensor(name) for name in file.keys()},
-                )
+                kind = (file.metadata() or {}).get("kind")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
         except SafetensorError as error:
             raise ValueError(f"graph file {path} is damaged: {error}") from error
         if kind != _KIND:
             raise ValueError(f"{path} holds no graph of nearest neighbours")
-        return cls(**tensors)
+        try:
+            return cls(**tensors)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"graph file {path} is damaged: {error}") from error
 
     def adjacency(self, mutual: bool = False) -> sparse.csr_array:
         """Edges between rows that name each other, symmetric float32 `[n, n]`: scores, negative ones as 0.

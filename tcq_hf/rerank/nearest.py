@@ -12,13 +12,23 @@ TIE = 1e-6
 def nearest(
     rows: torch.Tensor, base: torch.Tensor, k: int, own: int | None, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest of `base` `[n, D]` to each row, int64 and float32 `[m, k]`; row 0 is number `own` of the base."""
+    """The k nearest of `base` `[n, D]` to each row, int64 and float32 `[m, k]`.
+
+    Args:
+        rows: float32 `[m, D]` of unit norm.
+        base: float32 `[n, D]` of unit norm.
+        k: Neighbours of a row, at most n, and n - 1 where rows are in the base.
+        own: Number in the base of the first row, whose others follow, none of them its own neighbour; None where the
+            rows are not in it.
+        seed: Seed of the order of ties, scores within 1e-6.
+    """
     n = len(base)
     generator = torch.Generator().manual_seed(seed)
     # A row draws where in one list of random numbers it begins: a number for each pair would take most of the time.
     drawn = (TIE * torch.rand(2 * n, generator=generator)).unfold(0, n, 1)
-    begins = torch.randint(n + 1, (len(rows),), generator=generator) if own is None else None
-    if begins is None:
+    if own is None:
+        begins = torch.randint(n + 1, (len(rows),), generator=generator)
+    else:
         begins = torch.randperm(n, generator=generator)[own : own + len(rows)]
     neighbours, scores = [], []
     for start in range(0, len(rows), step := max(1, _SCORES_AT_ONCE // n)):

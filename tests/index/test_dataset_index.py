@@ -524,6 +524,8 @@ def test_what_cannot_go_together_is_refused(indexed, two_indexes, model, process
         search(dataset, 7, model, processor, 5, "codes", rerank=small)
     with pytest.raises(TypeError, match=r"got the class; use QueryExpansion\(\).fit\(graph\)"):
         search(dataset, 7, model, processor, 5, "codes", rerank=QueryExpansion)
+    with pytest.raises(ValueError, match="depth must be at least 1, got 0"):
+        search(dataset, 7, model, processor, 5, "codes", fuse=fusion, depth=0)
     with pytest.raises(RuntimeError, match="call fit"):
         search(dataset, 7, model, processor, 5, "codes", rerank=QueryExpansion())
     for embedding in (np.float32(dataset[7]["embedding"]), dataset[7]["embedding"]):

@@ -342,6 +342,7 @@ def test_a_chain_file_that_was_tampered_with_is_refused(tmp_path):
             {"0.weight": np.ones((3, 5), np.float32), "0.mean": np.zeros(5, np.float32)},
             "takes rows of width 5, 12 comes",
         ),
+        ({"0.mean": None}, "'pca' has a bias, a mean and eigenvalues"),
         ({"7.weight": broken}, "IndexError"),
         ({"0.step": broken}, "TypeError"),
     ]:
