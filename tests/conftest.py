@@ -8,8 +8,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault(
     "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 )
-# A cluster of one test on one machine; Ray would keep a token in the user's home.
+# A cluster of one test on one machine; Ray would keep a token in the user's home, and `ray.init()` would join a cluster
+# that another process of the suite has started.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ["RAY_ADDRESS"] = "local"
+# Seconds without progress after which a test that hangs fails; Ray waits half an hour.
+os.environ.setdefault("RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S", "120")
 
 from pathlib import Path
 

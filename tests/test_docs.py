@@ -3,6 +3,7 @@
 import contextlib
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import datasets
@@ -70,6 +71,15 @@ def photos(tmp_path_factory):
     return place
 
 
+@pytest.fixture
+def _no_ray_left():
+    """A block that fails does not leave Ray running for the tests that follow."""
+    yield
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
+
+
+@pytest.mark.usefixtures("_no_ray_left")
 @pytest.mark.parametrize("page", PAGES)
 def test_blocks_run(page, hub_cache, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub_cache))
