@@ -27,8 +27,9 @@ mAP@{depth} with the hits-in-k denominator; *strict* is that with min(k, relevan
 
 The options of each method are the best of its grid, by strict mAP on 32-bit learned codes, for pseudo-queries: a tenth
 of the training pictures, taken out of the gallery, for which only the training pictures among what they find count. No
-label of a test query or of another row of the gallery was looked at. Of CIFAR-10, where these are a tenth of the
-gallery, the cut-off is the shortest list that is left, so that it differs between options; of clothing they are all.
+label of a test query or of another row of the gallery was looked at. The cut-off is the same for all options: the
+shortest list that is left before re-ranking. Of CIFAR-10 the training pictures are a tenth of the gallery, of clothing
+all of it.
 
 *fit* is what has to be done once when the graph is there, *ms a query* the median of 100 single queries, *memory* the
 most that a process of its own held beyond vectors and graph (VmHWM). Two threads."""
@@ -136,22 +137,28 @@ def choose(folder: Path, space: Space, split: Split, gallery: np.ndarray) -> dic
     rest = gallery[~np.isin(gallery, asking)]
     known = np.where(np.isin(np.arange(len(split.labels)), split.train), split.labels, -1)
     before, chosen = search(folder, space, asking, rest)[1], {}
+    cut_off = int((known[rest][before] >= 0).sum(axis=1).min())
+    print(f"cut-off for pseudo-queries: {cut_off}", flush=True)
+
+    def figure(ids: np.ndarray) -> float:
+        left = only_known(ids, known[rest])
+        return mean_average_precision_of_lists(left, known[asking], known[rest], cut_off, "relevant")
+
     for method, (_, grid) in METHODS.items():
         tried = []
         for options in grid:
-            tried.append((strict_of_known(alone(method, options, folder)[0], known, asking, rest), options))
+            tried.append((figure(alone(method, options, folder)[0]), options))
             print("pseudo-queries", method, options, f"{tried[-1][0]:.4f}", flush=True)
         best, options = max(tried, key=lambda each: each[0])
-        chosen[method] = options, strict_of_known(before, known, asking, rest), best
+        chosen[method] = options, figure(before), best
     return chosen
 
 
-def strict_of_known(ids: np.ndarray, known: np.ndarray, asking: np.ndarray, rest: np.ndarray) -> float:
-    """Strict mAP when rows of unknown label are struck from the lists, each as long as the shortest of them."""
-    labelled = known[rest][ids] >= 0
-    order = np.argsort(~labelled, axis=1, kind="stable")[:, : max(1, labelled.sum(axis=1).min())]
-    short = np.take_along_axis(ids, order, axis=1)
-    return mean_average_precision_of_lists(short, known[asking], known[rest], short.shape[1], "relevant")
+def only_known(ids: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Lists with the rows of unknown label struck and those behind them moved up, -1 at their ends."""
+    kept = labels[ids] >= 0
+    order = np.argsort(~kept, axis=1, kind="stable")
+    return np.take_along_axis(np.where(kept, ids, -1), order, axis=1)
 
 
 def both_figures(ids: np.ndarray, split: Split, asking: np.ndarray, gallery: np.ndarray) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from tcq_hf import TCQModel
 
 # A tiny run on a folder of pictures; what differs between the tests follows.
 SCRIPT = """
-import json, os, sys
+import gc, json, os, sys
 import datasets, torch
 from tcq_hf import TCQImageProcessor, TCQModel, TCQTrainer, TCQTrainingArguments
 
@@ -67,6 +67,9 @@ def test_two_processes_learn_what_one_learns_from_the_joint_batch(run):
         if trainer.is_world_process_zero():
             json.dump([e for e in trainer.state.log_history if "loss" in e], open(folder + "/log.json", "w"))
     trainer.end()
+    # DistributedDataParallel holds the threads of gloo, which abort the process if Python's end finds them.
+    del trainer
+    gc.collect()
     """
     alone = run(lines.format(batch=16, backend=None, chunk=None), "alone")
     joint = run(lines.format(batch=8, backend="'gloo'", chunk=3), "joint", processes=2)
