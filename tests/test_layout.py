@@ -137,6 +137,7 @@ LIGHT = (
     "ivf_index",
     "locks",
     "sample_queries",
+    "tensor_files",
     "transform_steps",
     "transforms",
     "writing",

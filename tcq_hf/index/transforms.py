@@ -10,24 +10,21 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
 from .code_index import LearnedIndex, check_vectors, faiss
 from .faiss_index import index_codebooks
+from .tensor_files import load_tensors, save_tensors
 from .transform_steps import FittedStep, Step, fit_step
-from .writing import written_aside
 
 _BLOCK_ROWS = 1 << 16
 # Largest over median eigenvalue below which a spectrum is flat.
 _FLAT = 1.05
 # Largest error of a score of learned codes, and of the norm of a codeword.
 _ERROR = 1e-5
-_KIND = "tcq_hf.Chain"
+_KIND = "chain"
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,14 +99,13 @@ class Chain:
     def save(self, path: str | os.PathLike) -> None:
         """Write the chain as one safetensors file, whole or not at all."""
         tensors = {
-            f"{number}.{name}": np.ascontiguousarray(values)
+            f"{number}.{name}": values
             for number, fitted in enumerate(self.steps)
             for name, values in vars(fitted).items()
             if isinstance(values, np.ndarray)
         }
         recipe = {"input_dim": self.input_dim, "steps": [asdict(fitted.step) for fitted in self.steps]}
-        with written_aside(Path(path)) as aside:
-            save_file(tensors, aside, metadata={"format": "np", "kind": _KIND, "chain": json.dumps(recipe)})
+        save_tensors(path, _KIND, tensors, chain=json.dumps(recipe))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Chain":
@@ -119,15 +115,7 @@ class Chain:
             FileNotFoundError: If there is no such file.
             ValueError: If it is damaged or holds something else.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no chain file {path}")
-        try:
-            with safe_open(path, "np") as file:
-                metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-        except SafetensorError as error:
-            raise ValueError(f"chain file {path} is damaged: {error}") from error
-        if metadata.get("kind") != _KIND:
-            raise ValueError(f"{path} holds no chain of transforms")
+        tensors, metadata = load_tensors(path, _KIND)
         try:
             recipe = json.loads(metadata["chain"])
             learned: list[dict[str, np.ndarray]] = [{} for _ in recipe["steps"]]
@@ -137,7 +125,7 @@ class Chain:
             steps = zip(recipe["steps"], learned, strict=True)
             return cls(tuple(FittedStep(Step(**step), **arrays) for step, arrays in steps), recipe["input_dim"])
         except (KeyError, ValueError, IndexError, TypeError) as error:
-            raise ValueError(f"chain file {path} is damaged: {type(error).__name__}: {error}") from error
+            raise ValueError(f"{_KIND} file {path} is damaged: {type(error).__name__}: {error}") from error
 
     def _maps(self) -> list[FittedStep]:
         return [fitted for fitted in self.steps if fitted.weight is not None]

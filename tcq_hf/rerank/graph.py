@@ -2,18 +2,15 @@
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from scipy import sparse
 from tqdm.auto import tqdm
 
-from tcq_hf.index.writing import written_aside
+from tcq_hf.index.tensor_files import load_tensors, save_tensors
 
 from .nearest import checked_vectors, nearest
 
@@ -23,7 +20,7 @@ _PATHS_AT_ONCE = 2**22
 _LARGEST_COSINE = 1.001
 # Up to so many rows all pairs are compared; rows that ask an index at a time.
 EXACT_ROWS, _ASKED_AT_ONCE = 100_000, 1000
-_KIND = "tcq_hf.KNNGraph"
+_KIND = "graph"
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,9 +173,7 @@ class KNNGraph:
         tensors = {"neighbours": self.neighbours, "scores": self.scores}
         if self.vectors is not None:
             tensors["vectors"] = self.vectors
-        contiguous = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
-        with written_aside(Path(path)) as aside:
-            save_file(contiguous, aside, metadata={"format": "np", "kind": _KIND})
+        save_tensors(path, _KIND, tensors)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "KNNGraph":
@@ -188,20 +183,11 @@ class KNNGraph:
             FileNotFoundError: If there is no such file.
             ValueError: If it is damaged or holds something else.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no graph file {path}")
-        try:
-            with safe_open(path, "np") as file:
-                kind = (file.metadata() or {}).get("kind")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except SafetensorError as error:
-            raise ValueError(f"graph file {path} is damaged: {error}") from error
-        if kind != _KIND:
-            raise ValueError(f"{path} holds no graph of nearest neighbours")
+        tensors, _ = load_tensors(path, _KIND)
         try:
             return cls(**tensors)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"graph file {path} is damaged: {error}") from error
+            raise ValueError(f"{_KIND} file {path} is damaged: {error}") from error
 
     def adjacency(self, mutual: bool = False) -> sparse.csr_array:
         """Edges between rows that name each other, symmetric float32 `[n, n]`: scores, negative ones as 0.

@@ -378,7 +378,7 @@ def test_what_was_there_stays_where_a_chain_cannot_be_written(tmp_path, monkeypa
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "save_file", full)
+    monkeypatch.setattr("tcq_hf.index.tensor_files.save_file", full)
     with pytest.raises(OSError, match=r"chain\.safetensors"):
         chain.save(path)
     assert [(found, found.read_bytes()) for found in tmp_path.iterdir()] == [(path, before)]
