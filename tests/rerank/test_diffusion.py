@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from drawn_vectors import clusters, search
 from scipy import sparse
 
 from tcq_hf.rerank import diffusion as module
@@ -10,23 +11,8 @@ from tcq_hf.rerank.diffusion import Diffusion, diffuse, transitions
 from tcq_hf.rerank.graph import KNNGraph
 
 
-def unit(vectors):
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-
-def clusters(rows=80, queries=12, width=6, seed=0):
-    """Unit vectors of four loose clusters, and of queries among them."""
-    generator = np.random.default_rng(seed)
-    centres = generator.standard_normal((4, width))
-    labels = generator.integers(4, size=rows + queries)
-    vectors = unit(centres[labels] + 0.6 * generator.standard_normal((rows + queries, width))).astype(np.float32)
-    return vectors[:rows], vectors[rows:]
-
-
-def search(queries, vectors, k):
-    scores = queries @ vectors.T
-    ids = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(scores, ids, axis=1), ids
+def drawn():
+    return clusters(80, 12, count=4, spread=0.6)
 
 
 def step_by_loop(graph, k, gamma):
@@ -85,7 +71,7 @@ def test_transitions_are_those_of_a_loop(gamma):
 @pytest.mark.parametrize("block", [7, 512])
 def test_the_flow_is_that_of_a_loop(monkeypatch, keep, block):
     monkeypatch.setattr(module, "_ROWS_AT_ONCE", block)
-    step = transitions(KNNGraph.build(clusters()[0], 9), 3.0)
+    step = transitions(KNNGraph.build(drawn()[0], 9), 3.0)
     expected = flow_by_loop(step.toarray().astype(float), 0.99, 20, keep)
     # 20 steps of sums of 10 products, entries below 20, in float32.
     np.testing.assert_allclose(diffuse(step, 0.99, 20, keep).toarray(), expected, atol=1e-4)
@@ -101,7 +87,7 @@ def test_two_rows_that_name_each_other_pass_everything_back_and_forth():
 
 
 def test_many_steps_are_the_inverse():
-    step = transitions(KNNGraph.build(clusters()[0], 9), 3.0)
+    step = transitions(KNNGraph.build(drawn()[0], 9), 3.0)
     inverse = np.linalg.inv(np.eye(80) - 0.5 * step.toarray().astype(float))
     # What 40 steps leave out is below 2^-40.
     np.testing.assert_allclose(diffuse(step, 0.5, 40, 80).toarray(), inverse, atol=1e-5)
@@ -109,7 +95,7 @@ def test_many_steps_are_the_inverse():
 
 @pytest.mark.parametrize("keep", [10, 80])
 def test_the_new_ranking_is_that_of_a_loop(keep):
-    gallery, queries = clusters()
+    gallery, queries = drawn()
     graph = KNNGraph.build(gallery, 9)
     scores, ids = search(queries, gallery, 15)
     found, rows = Diffusion(k=8, query_k=4, gamma=2.0, alpha=0.9, steps=6, keep=keep).fit(graph)(queries, scores, ids)
@@ -127,7 +113,7 @@ def test_the_new_ranking_is_that_of_a_loop(keep):
 
 
 def test_the_order_of_rows_plays_no_part():
-    gallery, queries = clusters()
+    gallery, queries = drawn()
     order = np.random.default_rng(1).permutation(80)
     results = []
     for vectors in (gallery, gallery[order]):
@@ -140,7 +126,7 @@ def test_the_order_of_rows_plays_no_part():
 
 
 def test_queries_ranked_apart_are_ranked_as_together(monkeypatch):
-    gallery, queries = clusters()
+    gallery, queries = drawn()
     reranker, lists = Diffusion(k=8).fit(KNNGraph.build(gallery, 7)), search(queries, gallery, 20)
     scores, rows = reranker(queries, *lists)
     monkeypatch.setattr(lists_module, "_QUERIES_AT_ONCE", 5)
@@ -165,7 +151,7 @@ def test_queries_ranked_apart_are_ranked_as_together(monkeypatch):
 
 
 def test_the_length_of_queries_and_the_scale_of_scores_play_no_part():
-    gallery, queries = clusters()
+    gallery, queries = drawn()
     graph = KNNGraph.build(gallery, 7)
     bare = KNNGraph(graph.neighbours, graph.scores)
     scores, ids = search(queries, gallery, 20)
@@ -182,7 +168,7 @@ def test_the_length_of_queries_and_the_scale_of_scores_play_no_part():
 
 
 def test_a_short_list_stands_for_its_query_and_its_empty_places_stay_behind():
-    gallery, queries = clusters()
+    gallery, queries = drawn()
     reranker = Diffusion(k=8, query_k=5, steps=1).fit(KNNGraph.build(gallery, 7))
     scores, ids = search(queries, gallery, 2)
     ids = np.concatenate([ids, np.full((12, 78), -1)], axis=1)
@@ -197,7 +183,7 @@ def test_a_short_list_stands_for_its_query_and_its_empty_places_stay_behind():
 
 
 def test_a_query_that_nothing_flows_from_keeps_its_list():
-    gallery, _ = clusters()
+    gallery, _ = drawn()
     reranker = Diffusion(k=8).fit(KNNGraph.build(gallery, 7))
     ids = np.array([[5, 3, 70, -1], [1, 2, 4, 8]])
     for queries in (np.zeros((2, 6), np.float32), None):
@@ -236,7 +222,7 @@ def test_copies_are_warned_of_and_rank_alike():
 
 
 def test_transductive_ranks_by_one_graph_of_gallery_and_queries():
-    gallery, queries = clusters()
+    gallery, queries = drawn()
     lists = search(queries, gallery, 15)
     found, rows = Diffusion(k=8, transductive=True).fit(KNNGraph.build(gallery, 9))(2 * queries, *lists)
     union = KNNGraph.build(np.concatenate([gallery, queries]), 9)
@@ -273,7 +259,7 @@ def test_impossible_options_are_refused(options, message):
 
 
 def test_impossible_graphs_are_refused():
-    graph = KNNGraph.build(clusters()[0], 7)
+    graph = KNNGraph.build(drawn()[0], 7)
     with pytest.raises(ValueError, match="k=9 counts the row itself and needs 8 neighbours a row, the graph holds 7"):
         Diffusion(k=9).fit(graph)
     with pytest.raises(ValueError, match="transductive=True puts queries into the graph, and this one has no vectors"):
@@ -294,13 +280,13 @@ def test_impossible_graphs_are_refused():
     ],
 )
 def test_impossible_lists_are_refused(queries, scores, ids, message):
-    reranker = Diffusion(k=8).fit(KNNGraph.build(clusters()[0], 7))
+    reranker = Diffusion(k=8).fit(KNNGraph.build(drawn()[0], 7))
     with pytest.raises(ValueError, match=message):
         reranker(queries, scores, ids)
 
 
 def test_transductive_needs_queries():
-    reranker = Diffusion(k=8, transductive=True).fit(KNNGraph.build(clusters()[0], 7))
+    reranker = Diffusion(k=8, transductive=True).fit(KNNGraph.build(drawn()[0], 7))
     with pytest.raises(ValueError, match="transductive=True needs queries, got None"):
         reranker(None, [[1.0]], [[0]])
 

@@ -3,16 +3,13 @@
 import faiss
 import numpy as np
 import pytest
+from drawn_vectors import unit
 from safetensors.numpy import save_file
 
 from tcq_hf import build_index
 from tcq_hf.rerank import graph as module
 from tcq_hf.rerank import nearest
 from tcq_hf.rerank.graph import KNNGraph, quality
-
-
-def unit(vectors):
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 def vectors_of(rows=60, width=5, seed=0):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from drawn_vectors import search, unit
 
 from tcq_hf.rerank import k_reciprocal as module
 from tcq_hf.rerank.graph import KNNGraph
@@ -10,17 +11,8 @@ from tcq_hf.rerank.k_reciprocal import KReciprocal
 
 def clustered(rows=60, seed=0, width=6):
     generator = np.random.default_rng(seed)
-    return unit(2 * np.eye(width)[generator.integers(4, size=rows)] + generator.standard_normal((rows, width)))
-
-
-def unit(vectors):
-    return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
-
-
-def lists_of(queries, vectors, k):
-    scores = unit(queries) @ unit(vectors).T
-    ids = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(scores, ids, axis=1), ids
+    drawn = 2 * np.eye(width)[generator.integers(4, size=rows)] + generator.standard_normal((rows, width))
+    return unit(drawn).astype(np.float32)
 
 
 class Rows:
@@ -108,7 +100,7 @@ def test_new_distances_are_those_of_a_loop(monkeypatch, k1, k2, weight, at_once)
     for name in ("_ROWS_AT_ONCE", "_PAIRS_AT_ONCE", "_SCORES_AT_ONCE"):
         monkeypatch.setattr(module, name, at_once)
     vectors, queries = clustered(), clustered(9, seed=1)
-    graph, (scores, ids) = KNNGraph.build(vectors, 10), lists_of(queries, vectors, 20)
+    graph, (scores, ids) = KNNGraph.build(vectors, 10), search(queries, vectors, 20)
     expected = of_loops(vectors, queries, ids, graph, k1, k2, weight)
     assert_ordered(KReciprocal(k1, k2, weight).fit(graph)(queries, scores, ids), ids, expected)
 
@@ -116,7 +108,7 @@ def test_new_distances_are_those_of_a_loop(monkeypatch, k1, k2, weight, at_once)
 @pytest.mark.parametrize(("k1", "k2", "weight"), SETTINGS)
 def test_transductive_distances_are_those_of_a_loop_over_all_rows(k1, k2, weight):
     vectors, queries = clustered(), clustered(9, seed=1)
-    scores, ids = lists_of(queries, vectors, 20)
+    scores, ids = search(queries, vectors, 20)
     both = np.concatenate([vectors, queries])
     rows = Rows(both.astype(float) @ both.T, KNNGraph.build(both, 10).neighbours.tolist(), k1, k2)
     encodings = [rows.averaged(row) for row in range(69)]
@@ -129,7 +121,7 @@ def test_transductive_distances_are_those_of_a_loop_over_all_rows(k1, k2, weight
 @pytest.mark.parametrize("queries", [None, clustered(9, seed=1)])
 def test_without_vectors_scores_are_cosines_and_the_last_place_stands_for_what_is_not_listed(queries):
     vectors, k1, k2, weight = clustered(), 8, 3, 0.3
-    graph, (scores, ids) = KNNGraph.build(vectors, 9), lists_of(clustered(9, seed=1), vectors, 12)
+    graph, (scores, ids) = KNNGraph.build(vectors, 9), search(clustered(9, seed=1), vectors, 12)
     ids[4, 10:] = -1
     known = np.full((60, 60), graph.scores[:, -1:])
     np.put_along_axis(known, graph.neighbours, graph.scores, axis=1)
@@ -154,7 +146,7 @@ def test_an_example_by_hand():
     degrees = np.deg2rad([0, 10, 90, 100])
     vectors = np.stack([np.cos(degrees), np.sin(degrees)], axis=1).astype(np.float32)
     query = np.array([[np.cos(np.deg2rad(4)), np.sin(np.deg2rad(4))]])
-    scores, ids = lists_of(query, vectors, 4)
+    scores, ids = search(query, vectors, 4)
     found = KReciprocal(1, 1, 0.3).fit(KNNGraph.build(vectors, 1))(query, scores, ids)
 
     def distance(angle):
@@ -174,7 +166,7 @@ def test_an_example_by_hand():
 
 def test_a_weight_of_one_keeps_the_order_and_lists_keep_rows_that_share_nothing_as_they_stood():
     vectors, queries = clustered(), clustered(9, seed=1)
-    graph, (scores, ids) = KNNGraph.build(vectors, 20), lists_of(queries, vectors, 30)
+    graph, (scores, ids) = KNNGraph.build(vectors, 20), search(queries, vectors, 30)
     found = KReciprocal(weight=1).fit(graph)(queries, scores, ids)
     assert_ordered(found, ids, 1 - (1 - queries @ vectors.T) / (1 - queries @ vectors.T).max(axis=1, keepdims=True))
     again = KReciprocal(3, 1, weight=0).fit(graph)(queries, scores, ids)
@@ -187,7 +179,7 @@ def test_a_weight_of_one_keeps_the_order_and_lists_keep_rows_that_share_nothing_
 @pytest.mark.parametrize("transductive", [False, True])
 def test_lengths_scores_and_the_order_of_rows_play_no_part(transductive):
     vectors, queries = clustered(), clustered(9, seed=1)
-    scores, ids = lists_of(queries, vectors, 25)
+    scores, ids = search(queries, vectors, 25)
     expected, options = np.full((9, 60), np.nan), {"transductive": transductive}
     found = KReciprocal(**options).fit(KNNGraph.build(vectors, 20))(queries, scores, ids)
     np.put_along_axis(expected, found[1], found[0], axis=1)
@@ -202,7 +194,7 @@ def test_lengths_scores_and_the_order_of_rows_play_no_part(transductive):
 def test_of_a_large_gallery_some_rows_tell_how_far_rows_are(monkeypatch):
     monkeypatch.setattr(module, "_FAR_ROWS", 20)
     vectors, queries = clustered(), clustered(9, seed=1)
-    scores, ids = lists_of(queries, vectors, 60)
+    scores, ids = search(queries, vectors, 60)
     found = KReciprocal(weight=1).fit(KNNGraph.build(vectors, 20))(queries, scores, ids)
     # Every third row of sixty.
     largest = (2 - 2 * queries @ vectors[::3].T).max(axis=1, keepdims=True)
@@ -225,7 +217,7 @@ def test_copies_of_one_vector_are_all_as_near(transductive):
 
 def test_a_query_that_ties_with_the_last_neighbour_is_among_them():
     vectors = clustered(4)[np.repeat(np.arange(4), 15)]
-    scores, ids = lists_of(vectors[:1], vectors, 15)
+    scores, ids = search(vectors[:1], vectors, 15)
     found = KReciprocal(5, 1, weight=0).fit(KNNGraph.build(vectors, 5))(vectors[:1], scores, ids)
     # V of the query holds the first five of its list, and each of them is in its own V.
     assert (found[0] > 0).sum() >= 5
@@ -236,7 +228,7 @@ def test_isolated_rows_small_galleries_and_empty_lists():
     near = np.array([[1, -1], [0, -1], [3, 4], [2, 4], [-1, -1]])
     graph = KNNGraph(near, np.where(near < 0, 0, (vectors @ vectors.T)[np.arange(5)[:, None], near]), vectors)
     query = unit(vectors[:1] + 0.01)
-    lists = lists_of(query, vectors, 5)
+    lists = search(query, vectors, 5)
     found = KReciprocal(2, 2).fit(graph)(query, *lists)
     # A row that has fewer than k1 neighbours would take any query in.
     limits = np.where(near[:, 1] < 0, -np.inf, graph.scores[:, 1] - 1e-6)

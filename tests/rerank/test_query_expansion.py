@@ -3,6 +3,7 @@
 import faiss
 import numpy as np
 import pytest
+from drawn_vectors import search, unit
 
 from tcq_hf.rerank import query_expansion as module
 from tcq_hf.rerank.graph import KNNGraph
@@ -11,17 +12,6 @@ from tcq_hf.rerank.query_expansion import QueryExpansion
 
 def vectors_of(rows=60, width=6, seed=0):
     return np.random.default_rng(seed).standard_normal((rows, width)).astype(np.float32)
-
-
-def unit(vectors):
-    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
-
-
-def lists_of(queries, vectors, k):
-    """Scores and ids of the k best rows by cosine."""
-    scores = unit(queries) @ unit(vectors).T
-    ids = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(scores, ids, axis=1), ids
 
 
 def expanded_by_loop(point, rows, vectors, alpha):
@@ -48,7 +38,7 @@ def assert_best(found, cosines, atol=3e-6):
 def test_new_queries_and_rows_are_those_of_a_loop(monkeypatch, database, alpha, numbers):
     monkeypatch.setattr(module, "_NUMBERS_AT_ONCE", numbers)
     vectors, queries = vectors_of(), vectors_of(9, seed=1)
-    graph, (scores, ids) = KNNGraph.build(vectors, 8), lists_of(queries, vectors, 12)
+    graph, (scores, ids) = KNNGraph.build(vectors, 8), search(queries, vectors, 12)
     ids[3, 4:] = -1
     reranker = QueryExpansion(5, alpha, database).fit(graph)
     rows = unit(vectors)
@@ -87,7 +77,7 @@ def test_rows_that_point_away_count_in_the_plain_sum_only():
 
 def test_a_query_that_is_a_row_counts_itself_when_its_list_does():
     vectors = unit(vectors_of(20, 4))
-    scores, ids = lists_of(vectors, vectors, 3)
+    scores, ids = search(vectors, vectors, 3)
     assert (ids[:, 0] == np.arange(20)).all()
     found = QueryExpansion(1, 3.0).fit(KNNGraph.build(vectors, 3)).expanded(vectors, scores, ids)
     np.testing.assert_allclose(found, vectors, atol=1e-6)
@@ -96,7 +86,7 @@ def test_a_query_that_is_a_row_counts_itself_when_its_list_does():
 @pytest.mark.parametrize("database", [False, True])
 def test_an_index_of_the_embeddings_finds_the_same(database):
     vectors, queries = vectors_of(300, 16), vectors_of(20, 16, seed=1)
-    lists = lists_of(queries, vectors, 10)
+    lists = search(queries, vectors, 10)
     reranker = QueryExpansion(database=database).fit(KNNGraph.build(vectors, 10))
     index = faiss.IndexFlatIP(16)
     index.add(reranker.embeddings())
@@ -109,7 +99,7 @@ def test_an_index_of_the_embeddings_finds_the_same(database):
 @pytest.mark.parametrize("database", [False, True])
 def test_lengths_scores_and_the_order_of_rows_play_no_part(database):
     vectors, queries = vectors_of(), vectors_of(9, seed=1)
-    scores, ids = lists_of(queries, vectors, 12)
+    scores, ids = search(queries, vectors, 12)
     reranker = QueryExpansion(database=database).fit(KNNGraph.build(vectors, 10))
     cosines = reranker.expanded(queries, scores, ids) @ reranker.embeddings().T
     assert_best(reranker(queries * 7.3, 8 * scores + 3, ids), cosines)
@@ -122,7 +112,7 @@ def test_copies_of_one_vector_stay_what_they_are():
     vectors = np.ones((30, 4), np.float32)
     reranker = QueryExpansion(database=True).fit(KNNGraph.build(vectors, 10))
     np.testing.assert_allclose(reranker.embeddings(), 0.5, atol=1e-6)
-    scores, ids = reranker(vectors[:2], *lists_of(vectors[:2], vectors, 10))
+    scores, ids = reranker(vectors[:2], *search(vectors[:2], vectors, 10))
     np.testing.assert_allclose(scores, 1, atol=1e-6)
     assert [len(set(row)) for row in ids.tolist()] == [10, 10]
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from drawn_vectors import clusters, search, unit
 
 from tcq_hf.rerank import lists, rank_steps
 from tcq_hf.rerank.graph import KNNGraph
@@ -9,24 +10,8 @@ from tcq_hf.rerank.rank_flow import RankFlow
 from tcq_hf.rerank.rank_steps import components, confidences, hyperedge_weights, hyperedges, place_scores, start_lists
 
 
-def unit(vectors):
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.where(norms > 0, norms, 1)
-
-
-def clusters(rows=90, queries=10, width=6, seed=0):
-    """Unit vectors of six loose clusters, and of queries among them."""
-    generator = np.random.default_rng(seed)
-    centres = generator.standard_normal((6, width))
-    labels = generator.integers(6, size=rows + queries)
-    vectors = unit(centres[labels] + 0.5 * generator.standard_normal((rows + queries, width))).astype(np.float32)
-    return vectors[:rows], vectors[rows:]
-
-
-def search(queries, vectors, k):
-    scores = queries @ vectors.T
-    ids = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(scores, ids, axis=1), ids
+def drawn(rows=90, seed=0):
+    return clusters(rows, 10, count=6, spread=0.5, seed=seed)
 
 
 def graph_of(lists):
@@ -134,7 +119,7 @@ def cosines(embedding):
 @pytest.mark.parametrize("block", [900, 2**22])
 def test_all_steps_are_those_of_a_loop(monkeypatch, k, depth, seed, block):
     monkeypatch.setattr(rank_steps, "_NUMBERS_AT_ONCE", block)
-    graph = KNNGraph.build(clusters(seed=seed)[0], depth - 1)
+    graph = KNNGraph.build(drawn(seed=seed)[0], depth - 1)
     loop = Loop(start_lists(graph, depth), k, 2)
     fitted = RankFlow(k, 2, depth).fit(graph)
     assert RankFlow(k, 2, depth, components=False).fit(graph).ranked()[1].tolist() == loop.third
@@ -145,7 +130,7 @@ def test_all_steps_are_those_of_a_loop(monkeypatch, k, depth, seed, block):
 
 
 def test_missing_neighbours_are_stepped_over():
-    full = KNNGraph.build(clusters()[0], 11)
+    full = KNNGraph.build(drawn()[0], 11)
     cut = np.random.default_rng(1).integers(0, 12, size=(90, 1))
     graph = KNNGraph(np.where(np.arange(11) < cut, full.neighbours, -1), full.scores)
     loop = Loop(start_lists(graph, 12), 5, 2)
@@ -157,7 +142,7 @@ def test_missing_neighbours_are_stepped_over():
 
 
 def test_the_order_of_rows_plays_no_part():
-    gallery, queries = clusters()
+    gallery, queries = drawn()
     order = np.random.default_rng(1).permutation(90)
     results = []
     for vectors in (gallery, gallery[order]):
@@ -237,14 +222,14 @@ def test_scores_of_places_fall_with_both_places():
 
 
 def test_a_graph_fused_with_itself_is_that_graph():
-    graph = KNNGraph.build(clusters()[0], 29)
+    graph = KNNGraph.build(drawn()[0], 29)
     alone, twice = RankFlow(6, depth=30).fit(graph), RankFlow(6, depth=30).fit(graph, graph)
     np.testing.assert_array_equal(twice.ranked()[1], alone.ranked()[1])
     np.testing.assert_array_equal(twice.embeddings(), alone.embeddings())
 
 
 def test_fused_lists_are_sorted_by_the_sum_of_scores():
-    first, second = (KNNGraph.build(clusters(seed=seed)[0], 9) for seed in (0, 1))
+    first, second = (KNNGraph.build(drawn(seed=seed)[0], 9) for seed in (0, 1))
     lists = [start_lists(graph, 10) for graph in (first, second)]
     fused = rank_steps.ranked_both_ways(lists, 4)
     for q in range(90):
@@ -263,7 +248,7 @@ def test_fused_lists_are_sorted_by_the_sum_of_scores():
 
 def test_queries_are_ranked_by_the_cosine_of_their_embedding(monkeypatch):
     monkeypatch.setattr(lists, "_QUERIES_AT_ONCE", 4)
-    gallery, queries = clusters()
+    gallery, queries = drawn()
     graph = KNNGraph.build(gallery, 29)
     loop, fitted = Loop(start_lists(graph, 30), 6, 2), RankFlow(6, depth=30).fit(graph)
     scores, ids = search(queries, gallery, 15)
@@ -281,7 +266,7 @@ def test_queries_are_ranked_by_the_cosine_of_their_embedding(monkeypatch):
 
 
 def test_a_short_list_stands_for_its_query_and_its_empty_places_stay_behind():
-    gallery, queries = clusters()
+    gallery, queries = drawn()
     fitted = RankFlow(6, depth=30).fit(KNNGraph.build(gallery, 29))
     scores, ids = search(queries, gallery, 5)
     short = np.where(np.arange(5) < 2, ids, -1)
@@ -294,7 +279,7 @@ def test_a_short_list_stands_for_its_query_and_its_empty_places_stay_behind():
 
 
 def test_transductive_ranks_by_one_graph_of_gallery_and_queries():
-    gallery, queries = clusters()
+    gallery, queries = drawn()
     scores, ids = search(queries, gallery, 15)
     found, rows = RankFlow(6, depth=30, transductive=True).fit(KNNGraph.build(gallery, 29))(2 * queries, scores, ids)
     union = RankFlow(6, depth=30).fit(KNNGraph.build(np.concatenate([gallery, queries]), 29)).embeddings()
@@ -331,7 +316,7 @@ def test_impossible_options_are_refused(options):
 
 
 def test_impossible_graphs_are_refused():
-    graph, fewer = KNNGraph.build(clusters()[0], 9), KNNGraph.build(clusters(80)[0], 9)
+    graph, fewer = KNNGraph.build(drawn()[0], 9), KNNGraph.build(drawn(80)[0], 9)
     with pytest.raises(ValueError, match="k=11 counts the row itself and needs 10 neighbours a row, the graph holds 9"):
         RankFlow(11).fit(graph)
     with pytest.raises(ValueError, match="all graphs must be of the same rows, got graphs of 90 and 80"):
@@ -343,7 +328,7 @@ def test_impossible_graphs_are_refused():
 
 
 def test_what_a_flow_cannot_give_is_refused():
-    graph = KNNGraph.build(clusters()[0], 9)
+    graph = KNNGraph.build(drawn()[0], 9)
     with pytest.raises(ValueError, match="needs components=True"):
         RankFlow(5, components=False, transductive=True)
     bare, mixed = RankFlow(5, components=False).fit(graph), RankFlow(5, transductive=True).fit(graph)
@@ -374,7 +359,7 @@ def test_before_fit_there_is_nothing(transductive):
     ],
 )
 def test_impossible_lists_are_refused(scores, ids, message):
-    fitted = RankFlow(5).fit(KNNGraph.build(clusters()[0], 9))
+    fitted = RankFlow(5).fit(KNNGraph.build(drawn()[0], 9))
     for ask in (fitted.embed_queries, lambda *lists: fitted(None, *lists)):
         with pytest.raises(ValueError, match=message):
             ask(scores, ids)
