@@ -74,6 +74,13 @@ def _own_cache(tmp_path_factory):
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets_cache")
 
 
+@pytest.fixture
+def cache_folder(tmp_path, monkeypatch) -> Path:
+    """Where the package caches, of its own for a test."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "cache" / "tcq_hf"
+
+
 def data_folder() -> Path:
     """The folder of real pictures, or a skip that says why."""
     folder = Path(os.environ.get("TCQ_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -127,6 +134,22 @@ def picture_folder(pictures, tmp_path_factory) -> Path:
         (folder / ("even", "odd")[i % 2]).mkdir(exist_ok=True)
         picture.save(folder / ("even", "odd")[i % 2] / f"{i:02d}.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def bad_files(tmp_path_factory, pictures) -> dict[str, str]:
+    """Files that are no pictures, by name; the last one is not there."""
+    folder = tmp_path_factory.mktemp("bad")
+    pictures[0].resize((400, 400)).save(folder / "whole.jpg")
+    whole = (folder / "whole.jpg").read_bytes()
+    (folder / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "text.png").write_text("this is no picture")
+    (folder / "empty.png").touch()
+    # 400 million pixels in 50 kB: past twice Pillow's limit.
+    PIL.Image.new("1", (20_000, 20_000)).save(folder / "bomb.png")
+    assert (folder / "bomb.png").stat().st_size < 100_000
+    names = ("truncated.jpg", "text.png", "empty.png", "bomb.png", "missing.png")
+    return {name: str(folder / name) for name in names}
 
 
 @pytest.fixture

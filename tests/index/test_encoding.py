@@ -25,12 +25,8 @@ from tcq_hf.index.streams import stream_count
 EMBEDDING_TOLERANCE = 1e-5
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """A cache of its own for each test."""
-    folder = tmp_path / "cache"
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
-    return folder / "tcq_hf"
+# A cache of its own for each test.
+pytestmark = pytest.mark.usefixtures("cache_folder")
 
 
 @pytest.fixture
@@ -139,7 +135,7 @@ def stop_after(model, batches):
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("batches", [0, 1, 3, 4, 7])
 def test_invariant_4_an_interrupted_run_goes_on_where_it_stopped(
-    files, model, processor, expected, small_chunks, cache, tmp_path, monkeypatch, batches, num_workers, forwards
+    files, model, processor, expected, small_chunks, cache_folder, tmp_path, monkeypatch, batches, num_workers, forwards
 ):
     arguments = {"batch_size": 4, "num_workers": num_workers, "embeddings": True}
     stop = stop_after(model, batches)
@@ -147,7 +143,7 @@ def test_invariant_4_an_interrupted_run_goes_on_where_it_stopped(
         encode_dataset(files, model, processor, **arguments)
     stop.remove()
     forwards.clear()
-    kept = len(list(cache.glob("*.arrow")))
+    kept = len(list(cache_folder.glob("*.arrow")))
     # Two batches of four make a chunk of eight; one stream may be ahead of another by what may be under way.
     ahead = 0 if num_workers else 2 * stream_count(8)
     assert (batches - ahead) // 2 <= kept <= batches // 2
@@ -162,10 +158,10 @@ def test_invariant_4_an_interrupted_run_goes_on_where_it_stopped(
 
 @pytest.mark.parametrize("lost", [{0}, {1, 3}, {2}, {0, 1, 2, 3}])
 def test_invariant_4_lost_chunks_alone_are_encoded_again(
-    files, model, processor, expected, small_chunks, forwards, cache, lost
+    files, model, processor, expected, small_chunks, forwards, cache_folder, lost
 ):
     encode_dataset(files, model, processor, batch_size=3)
-    by_age = sorted(cache.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    by_age = sorted(cache_folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
     for number in lost:
         by_age[number].unlink()
     forwards.clear()
@@ -470,12 +466,14 @@ def no_caching():
     datasets.enable_caching()
 
 
-def test_with_caching_disabled_every_call_encodes(files, model, processor, forwards, expected, no_caching, cache):
+def test_with_caching_disabled_every_call_encodes(
+    files, model, processor, forwards, expected, no_caching, cache_folder
+):
     for _ in range(2):
         assert_rows(encode_dataset(files, model, processor), expected)
     assert_rows(encode_dataset(files.shuffle(seed=0), model, processor), expected, files.shuffle(seed=0)["number"][:])
     assert sum(forwards) == 96
-    assert not cache.exists()
+    assert not cache_folder.exists()
 
 
 FULL_DISK = """
@@ -503,10 +501,10 @@ print(json.dumps(report))
 """
 
 
-def test_a_full_disk_leaves_no_partial_chunk(paths, cache, tiny_config, tmp_path):
+def test_a_full_disk_leaves_no_partial_chunk(paths, cache_folder, tiny_config, tmp_path):
     (tmp_path / "paths.txt").write_text("\n".join(paths))
     config = {name: getattr(tiny_config, name) for name in ("backbone", "backbone_kwargs", "image_size")}
-    command = [sys.executable, "-c", FULL_DISK, cache.parent, json.dumps(config), tmp_path / "paths.txt"]
+    command = [sys.executable, "-c", FULL_DISK, cache_folder.parent, json.dumps(config), tmp_path / "paths.txt"]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
     report = json.loads(result.stdout)
     assert report["is_os_error"]
@@ -516,22 +514,6 @@ def test_a_full_disk_leaves_no_partial_chunk(paths, cache, tiny_config, tmp_path
 
 
 # --- Pictures that cannot be read ------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def bad_files(tmp_path_factory, pictures):
-    """Files that are no pictures, by name."""
-    folder = tmp_path_factory.mktemp("bad")
-    pictures[0].resize((400, 400)).save(folder / "whole.jpg")
-    whole = (folder / "whole.jpg").read_bytes()
-    (folder / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
-    (folder / "text.png").write_text("this is no picture")
-    (folder / "empty.png").touch()
-    # 400 million pixels in 50 kB: past twice Pillow's limit.
-    PIL.Image.new("1", (20_000, 20_000)).save(folder / "bomb.png")
-    assert (folder / "bomb.png").stat().st_size < 100_000
-    names = ("truncated.jpg", "text.png", "empty.png", "bomb.png", "missing.png")
-    return {name: str(folder / name) for name in names}
 
 
 BAD = ["truncated.jpg", "text.png", "empty.png", "bomb.png", "missing.png", None]
@@ -699,12 +681,12 @@ def test_all_splits_at_once_are_refused_with_a_hint(files, model, processor):
         encode_dataset(files["image"][:], model, processor)
 
 
-def test_broken_weights_name_the_row(files, model, processor, cache):
+def test_broken_weights_name_the_row(files, model, processor, cache_folder):
     with torch.no_grad():
         model.projection.weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="embedding of row 0 is not finite"):
         encode_dataset(files, model, processor)
-    assert not cache.exists() or not list(cache.iterdir())
+    assert not cache_folder.exists() or not list(cache_folder.iterdir())
 
 
 @pytest.mark.parametrize("iterable", [False, True])

@@ -197,17 +197,6 @@ def test_several_threads_make_the_same_batch(views):
 # --- Pictures that cannot be read ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def bad_files(tmp_path_factory, pictures):
-    folder = tmp_path_factory.mktemp("bad")
-    pictures[0].resize((400, 400)).save(folder / "whole.jpg")
-    whole = (folder / "whole.jpg").read_bytes()
-    (folder / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
-    (folder / "text.png").write_text("this is no picture")
-    (folder / "empty.png").touch()
-    return {name: str(folder / name) for name in ("truncated.jpg", "text.png", "empty.png", "missing.png")}
-
-
 BAD = ["truncated.jpg", "text.png", "empty.png", "missing.png", None]
 
 

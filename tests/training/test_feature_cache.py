@@ -23,12 +23,8 @@ from tcq_hf.training.views import PRESETS, ViewPreset, augment, cut, draw_view
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(autouse=True)
-def cache_folder(tmp_path, monkeypatch):
-    """A cache of its own for each test."""
-    folder = tmp_path / "cache"
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
-    return folder / "tcq_hf"
+# A cache of its own for each test.
+pytestmark = pytest.mark.usefixtures("cache_folder")
 
 
 @pytest.fixture
