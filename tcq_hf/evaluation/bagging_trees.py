@@ -59,9 +59,6 @@ def leaf_codes(
     _check_sizes(trees, depth)
     queries, database = float_cosine(queries, database, train)
     train, _ = float_cosine(train, train, train)
-    for name, features in (("queries", queries), ("database", database), ("train", train)):
-        if not np.isfinite(features).all():
-            raise ValueError(f"{name} must be finite, row {np.isfinite(features).all(axis=1).argmin()} is not")
     forest = RandomTreesEmbedding(n_estimators=trees, max_depth=depth, random_state=seed).fit(train)
     # Nodes of a tree are numbered, leaves among them; codes count the leaves alone.
     counts = [np.cumsum(tree.tree_.children_left < 0) - 1 for tree in forest.estimators_]

@@ -2,10 +2,12 @@
 
 Every baseline learns from the features `train` alone and gives `(queries, database)`, float32 vectors whose inner
 product is its score: `evaluate(*pq(queries, database, train, bits=32), query_labels, database_labels)`. All scale the
-features to unit norm first.
+features to unit norm first, and refuse with a ValueError any that do not fit together or are not finite.
 
-Signs are codes of one bit a codebook, and go into an index as learned codes do:
-`build_index(np.tile([[[-1.0], [1.0]]], (bits, 1, 1)), (database > 0).astype("uint8"))`, asked with those of queries.
+In an index, signs are codes of one bit a codebook and go into one as learned codes do,
+`build_index(np.tile([[[-1.0], [1.0]]], (bits, 1, 1)), (database > 0).astype("uint8"))`, asked with those of queries. PQ
+is `faiss.IndexPQ(F, bits // 8, 8, faiss.METRIC_INNER_PRODUCT)`, trained on, filled and asked with features of unit
+norm, and OPQ the same behind `faiss.OPQMatrix(F, bits // 8)`.
 """
 
 import faiss
@@ -259,3 +261,8 @@ def _check(queries: np.ndarray, database: np.ndarray, train: np.ndarray) -> None
     if any(len(shape) != 2 or not all(shape) or shape[1] != shapes[0][1] for shape in shapes):
         listed = ", ".join(map(str, shapes))
         raise ValueError(f"queries, database and train must be features [n, F] of one width F, got {listed}")
+    for name, features in (("queries", queries), ("database", database), ("train", train)):
+        with np.errstate(over="ignore"):
+            fit = np.isfinite(np.linalg.norm(np.asarray(features, np.float32), axis=1))
+        if not fit.all():
+            raise ValueError(f"{name} must be finite and shorter than 1e19, row {fit.argmin()} is not")

@@ -18,6 +18,7 @@ Kind = Literal["l2", "pca", "pca-whitening", "opq", "rotation"]
 Blocks = Callable[[str], Iterable[np.ndarray]]
 
 _EPS = float(np.finfo(np.float32).eps)
+_EPSILON = 1e-5
 # Words of a codebook of OPQ, and rows that FAISS learns it from at most.
 _OPQ_WORDS, _OPQ_ROWS = 256, 1 << 16
 
@@ -38,13 +39,13 @@ class Step:
         seed: Of the rotation, or of the k-means inside OPQ.
 
     Raises:
-        ValueError: If the kind is unknown or an argument is out of its range or of no use to the kind.
+        ValueError: If the kind is unknown, or dim, epsilon or num_codebooks out of its range or of no use to the kind.
     """
 
     kind: Kind
     dim: int | None = None
     fit_on: str = "train"
-    epsilon: float = 1e-5
+    epsilon: float = _EPSILON
     num_codebooks: int | None = None
     seed: int = 0
 
@@ -55,6 +56,8 @@ class Step:
             raise ValueError(f"dim must be at least 1, and unset for 'l2', got {self.dim} for {self.kind!r}")
         if not 0 <= self.epsilon < math.inf:
             raise ValueError(f"epsilon must be a number of at least 0, got {self.epsilon}")
+        if self.epsilon != _EPSILON and self.kind != "pca-whitening":
+            raise ValueError(f"epsilon is for 'pca-whitening' alone, got {self.epsilon} for {self.kind!r}")
         if (self.kind == "opq") != (self.num_codebooks is not None):
             raise ValueError(f"num_codebooks must be set for 'opq' alone, got {self.num_codebooks} for {self.kind!r}")
         if self.num_codebooks is not None and self.num_codebooks < 1:

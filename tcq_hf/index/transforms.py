@@ -8,7 +8,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -68,9 +68,13 @@ class Chain:
         x = check_vectors(x, self.input_dim, "x")
         transformed = np.empty((len(x), self.output_dim), np.float32)
         start = 0
-        for block in self._blocks(x, "Transforming"):
-            transformed[start : start + len(block)] = block
-            start += len(block)
+        with np.errstate(over="ignore"):
+            for block in self._blocks(x, "Transforming"):
+                transformed[start : start + len(block)] = block
+                start += len(block)
+        fit = np.isfinite(transformed).all(axis=1)
+        if not fit.all():
+            raise ValueError(f"x must be short enough for float32, row {fit.argmin()} is not")
         return transformed
 
     def linear(self) -> tuple[np.ndarray, np.ndarray]:
@@ -139,7 +143,7 @@ class Chain:
             yield block
 
 
-def fit_chain(steps: Sequence[Step], **sets: np.ndarray) -> Chain:
+def fit_chain(steps: Iterable[Step], **sets: np.ndarray) -> Chain:
     """Fit steps one after the other, each to its set of rows after the steps before it.
 
     Args:
@@ -155,6 +159,7 @@ def fit_chain(steps: Sequence[Step], **sets: np.ndarray) -> Chain:
         UserWarning: If the PCA behind a whitening finds no direction in which its set varies more than that of the
             whitening: both are one set, and the two steps are an ordinary whitening.
     """
+    steps = tuple(steps)
     if not sets:
         raise ValueError("give the rows to fit to by the name in fit_on: fit_chain(steps, train=rows)")
     shapes = {name: np.shape(given) for name, given in sets.items()}
@@ -258,9 +263,20 @@ def _learned_codebooks(index: faiss.Index) -> int:
     codebooks = index_codebooks(index)
     if codebooks is None:
         return 0
+    norms = np.linalg.norm(codebooks, axis=-1)
     # Those that FAISS learns are means of rows, and not of unit norm.
-    unit = np.abs(np.linalg.norm(codebooks, axis=-1) - 1).max() <= _ERROR
-    return len(codebooks) if unit or isinstance(index, LearnedIndex) else 0
+    if not isinstance(index, LearnedIndex) and not _has_zero_centroids(index) and np.abs(norms - 1).max() > _ERROR:
+        return 0
+    # In the form for a GPU a codebook may be two of the model's, or none.
+    return round(float((norms[:, 0] ** 2).sum()))
+
+
+def _has_zero_centroids(index: faiss.Index) -> bool:
+    """Whether an index has the form of `zero_coarse_index`, in which FAISS learns none."""
+    if not isinstance(index, faiss.IndexIVFPQ):
+        return False
+    coarse = faiss.downcast_index(index.quantizer)
+    return isinstance(coarse, faiss.IndexFlat) and not coarse.reconstruct_n(0, coarse.ntotal).any()
 
 
 def _keeps_embeddings(fitted: FittedStep, num_codebooks: int) -> bool:

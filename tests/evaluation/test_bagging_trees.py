@@ -99,13 +99,16 @@ def test_an_index_of_leaves_searches_as_brute_force():
         ((QUERIES, DATABASE, DATABASE[:, :5]), {}, r"must be features \[n, F\] of one width F"),
         ((QUERIES, DATABASE[:0], DATABASE), {}, r"must be features \[n, F\] of one width F"),
         ((QUERIES, DATABASE, np.where(np.arange(200)[:, None] == 4, np.nan, DATABASE)), {}, "train .* row 4 is not"),
-        ((np.full((2, 6), np.inf), DATABASE, DATABASE), {}, "queries must be finite, row 0 is not"),
+        (
+            (np.full((2, 6), np.inf), DATABASE, DATABASE),
+            {},
+            "queries must be finite .* row 0 is not",
+        ),
         ((QUERIES, DATABASE, DATABASE), {"trees": 0}, "trees must be at least 1, got 0"),
         ((QUERIES, DATABASE, DATABASE), {"depth": 0}, "depth must be from 1 to 8, .*, got 0"),
         ((QUERIES, DATABASE, DATABASE), {"depth": 9}, "depth must be from 1 to 8, .*, got 9"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_what_no_tree_grows_from_is_refused(features, options, message):
     with pytest.raises(ValueError, match=message):
         bagging_trees(*features, **options)

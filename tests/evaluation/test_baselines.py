@@ -170,6 +170,18 @@ def test_features_that_do_not_fit_are_refused(baseline):
             baseline(*features, *options)
 
 
+@pytest.mark.parametrize("baseline", [float_cosine, *CODED])
+@pytest.mark.parametrize("number", [0, 1, 2])
+@pytest.mark.parametrize("bad", [np.nan, -np.inf, 1e30])
+def test_features_that_are_not_finite_are_refused_by_name_and_row(baseline, number, bad):
+    features = [QUERIES, DATABASE, DATABASE]
+    features[number] = features[number].copy()
+    features[number][[3, 4], 2] = bad
+    name = ("queries", "database", "train")[number]
+    with pytest.raises(ValueError, match=f"{name} must be finite and shorter than 1e19, row 3 is not"):
+        baseline(*features, *([8] if "bits" in inspect.signature(baseline).parameters else []))
+
+
 @pytest.mark.parametrize("baseline", CODED)
 @pytest.mark.parametrize("bits", [0, -8])
 def test_codes_of_no_bits_are_refused(baseline, bits):

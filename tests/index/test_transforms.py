@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from tcq_hf import build_index
 from tcq_hf.index import transforms as module
 from tcq_hf.index.dataset_index import attach_index
+from tcq_hf.index.gpu_index import zero_coarse_index
 from tcq_hf.index.transforms import Chain, Step, export_index, fit_chain, twice_pca_whitening
 
 EPS = float(np.finfo(np.float32).eps)
@@ -218,6 +219,13 @@ def test_opq_lowers_the_error_of_the_quantizer_that_it_is_for():
 
     turned = fit_chain([Step("opq", num_codebooks=2)], train=rows).apply(rows)
     assert error(turned) < 0.5 * error(rows)
+
+
+def test_steps_may_come_one_by_one():
+    steps = (Step("pca-whitening"), Step("pca", 3), Step("l2"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        assert fit_chain(iter(steps), train=rows_of()).output_dim == fit_chain(steps, train=rows_of()).output_dim == 3
 
 
 def test_a_step_is_fitted_behind_those_before_it():
@@ -525,9 +533,9 @@ def test_a_dataset_searches_through_the_chain(tmp_path):
 # --- Learned codebooks -----------------------------------------------------------------------------------------------
 
 
-def learned(mode="exact", num_codebooks=4):
+def learned(mode="exact", num_codebooks=4, codebook_size=16):
     generator = np.random.default_rng(0)
-    codebooks = generator.standard_normal((num_codebooks, 16, 12 // num_codebooks))
+    codebooks = generator.standard_normal((num_codebooks, codebook_size, 12 // num_codebooks))
     codebooks = (codebooks / np.linalg.norm(codebooks, axis=-1, keepdims=True)).astype(np.float32)
     return build_index(codebooks, generator.integers(0, 16, (300, num_codebooks)), mode)
 
@@ -553,7 +561,10 @@ def test_a_chain_in_front_of_learned_codebooks_is_refused(kind, mode):
     chain, index = square_chain(kind), learned(mode)
     empty = plain(index)
     empty.reset()
-    for given in (index, plain(index), faiss.IndexIDMap(empty), faiss.IndexPreTransform(plain(index))):
+    forms = [index, plain(index), faiss.IndexIDMap(empty), faiss.IndexPreTransform(plain(index))]
+    if mode != "ivf":
+        forms.append(zero_coarse_index(index, 4))
+    for given in forms:
         with pytest.raises(ValueError, match=r"learned codebooks.*initialize\(features, transform=chain\).*IndexPQ"):
             export_index(chain, given)
 
@@ -571,6 +582,13 @@ def test_a_chain_that_changes_nothing_leaves_codes_scores_and_codebooks(steps, m
     np.testing.assert_allclose(scores, expected, atol=1e-5)
     outer.train(rows_of())
     np.testing.assert_array_equal(index.codebooks(), codebooks)
+
+
+@pytest.mark.parametrize(("num_codebooks", "codebook_size"), [(4, 16), (6, 256), (3, 16)])
+def test_the_form_for_a_gpu_counts_the_codebooks_of_the_model(num_codebooks, codebook_size):
+    # There two codebooks of 16 words are one of 256, and codebooks of zeros make up a number that a GPU takes.
+    moved = zero_coarse_index(learned(num_codebooks=num_codebooks, codebook_size=codebook_size), 4)
+    assert module._learned_codebooks(moved) == num_codebooks
 
 
 def test_one_codebook_stands_scaling_to_unit_norm():
@@ -628,6 +646,7 @@ def test_the_warning_can_be_turned_off():
         ({"kind": "l2", "dim": 3}, "unset for 'l2', got 3"),
         ({"kind": "pca-whitening", "epsilon": -1e-9}, "epsilon must be a number of at least 0, got -1e-09"),
         ({"kind": "pca-whitening", "epsilon": math.nan}, "epsilon must be a number of at least 0, got nan"),
+        ({"kind": "pca", "epsilon": 0.1}, "epsilon is for 'pca-whitening' alone, got 0.1 for 'pca'"),
         ({"kind": "opq"}, "num_codebooks must be set for 'opq' alone, got None for 'opq'"),
         ({"kind": "pca", "num_codebooks": 2}, "num_codebooks must be set for 'opq' alone, got 2 for 'pca'"),
         ({"kind": "opq", "num_codebooks": 0}, "num_codebooks must be at least 1, got 0"),
@@ -714,6 +733,14 @@ def test_vectors_that_do_not_fit_are_refused(chain):
         chain.apply(rows[0])
     rows[[7, 11], 3] = math.nan
     with pytest.raises(ValueError, match="x must be finite, row 7 is not"):
+        chain.apply(rows)
+
+
+def test_a_row_that_grows_too_long_is_refused():
+    chain, rows = fit_chain([Step("rotation")], train=rows_of()), rows_of(20)
+    # The first of the rotated numbers is 3e38 times the sum of the sizes of a unit vector's numbers, about 2.7.
+    rows[[5, 6]] = 3e38 * np.sign(chain.steps[0].weight[0])
+    with pytest.raises(ValueError, match="x must be short enough for float32, row 5 is not"):
         chain.apply(rows)
 
 

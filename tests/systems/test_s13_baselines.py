@@ -5,13 +5,14 @@ random ones at 16, 32 and 64 bits, 100 bagging trees on 32 principal components 
 leaf codes is brute force.
 """
 
+import faiss
 import numpy as np
 import pytest
 from sklearn.decomposition import PCA
 
 from tcq_hf import build_index
 from tcq_hf.evaluation.bagging_trees import bagging_trees, leaf_codebooks, leaf_codes
-from tcq_hf.evaluation.baselines import itq, pq, random_projections, selected_projections
+from tcq_hf.evaluation.baselines import itq, opq, pq, random_projections, selected_projections
 from tcq_hf.evaluation.list_metrics import mean_average_precision_of_lists
 
 # The reference; there bits are selected by the draws of one seed.
@@ -65,6 +66,20 @@ def test_signs_are_searched_by_the_index_of_learned_codes(digits, method):
     # Whole numbers: the ranking is that of brute force, ties apart.
     np.testing.assert_array_equal(scores, -np.sort(-(queries[:50] @ database.T), axis=1))
     np.testing.assert_array_equal(scores, np.take_along_axis(queries[:50] @ database.T, ids, axis=1))
+
+
+@pytest.mark.parametrize("method", [pq, opq])
+def test_pq_and_opq_are_searched_by_the_indexes_of_faiss(digits, method):
+    rows, _ = digits
+    index = faiss.IndexPQ(64, 4, 8, faiss.METRIC_INNER_PRODUCT)
+    index = index if method is pq else faiss.IndexPreTransform(faiss.OPQMatrix(64, 4), index)
+    index.train(rows[:900])
+    index.add(rows[900:])
+    scores, ids = index.search(rows[:50], len(rows) - 900)
+    queries, database = method(rows[:50], rows[900:], rows[:900], 32)
+    # At most three sums of 64 terms, of rows of unit norm, each in another order: two rotations and an inner product.
+    expected = np.take_along_axis(queries @ database.T, ids, axis=1)
+    np.testing.assert_allclose(scores, expected, atol=3 * 64 * 2**-24)
 
 
 @pytest.mark.parametrize("bits", [16, 32, 64])
