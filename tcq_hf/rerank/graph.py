@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from tcq_hf.index.tensor_files import load_tensors, save_tensors
 
-from .nearest import checked_vectors, nearest
+from .nearest import TIE, checked_vectors, nearest
 
 # Paths of two edges that are held at a time: some 200 MB.
 _PATHS_AT_ONCE = 2**22
@@ -35,7 +35,7 @@ class KNNGraph:
     Raises:
         TypeError: If neighbours are no integers, or scores or vectors not float32.
         ValueError: If the shapes differ, a neighbour is no row, twice the same or the row itself, a score is no cosine
-            or a vector not of unit norm.
+            or larger than the one before it, or a vector not of unit norm.
     """
 
     neighbours: np.ndarray
@@ -67,8 +67,13 @@ class KNNGraph:
             raise ValueError(
                 f"scores must be cosines, one of row {unfit.argmax()} is not; divide those of an index of codes by M"
             )
+        # Ties of up to 1e-6 stand in a drawn order.
+        rising = (np.diff(self.scores, axis=1) > 2 * TIE) & ~missing[:, 1:]
+        if rising.any():
+            raise ValueError(f"scores must fall along a row, those of row {rising.any(axis=1).argmax()} do not")
         if self.vectors is not None:
             self._check_vectors(self.vectors)
+        object.__setattr__(self, "neighbours", self.neighbours.astype(np.int64, copy=False))
 
     def _check_vectors(self, vectors: np.ndarray) -> None:
         if vectors.ndim != 2 or len(vectors) != len(self):
@@ -97,9 +102,8 @@ class KNNGraph:
             ValueError: If shape, type or k is impossible, or a row is not finite or too long for float32.
         """
         rows = F.normalize(checked_vectors(vectors), dim=1)
-        if not 1 <= k < len(rows):
-            raise ValueError(f"k must be from 1 to {len(rows) - 1}, the other rows, got {k}")
-        return cls(*nearest(rows, rows, k, 0, seed), rows.numpy())
+        _check_k(k, len(rows))
+        return cls(*nearest(rows, rows, k, torch.arange(len(rows)), seed), rows.numpy())
 
     @classmethod
     def from_index(cls, index: Any, k: int, seed: int = 0) -> "KNNGraph":
@@ -118,13 +122,12 @@ class KNNGraph:
                 the vectors to `build`.
             ValueError: If k is impossible.
         """
-        if not hasattr(index, "codebooks"):
+        if not hasattr(index, "codebooks") or not hasattr(index, "reconstruct_n"):
             raise TypeError(
-                f"index must come from build_index or load_index, got {type(index).__name__}; of vectors make "
-                "the graph with KNNGraph.build(vectors, k)"
+                f"index must come from build_index or load_index, got {type(index).__name__}; of one in a folder give "
+                "its in_memory(), of vectors make the graph with KNNGraph.build(vectors, k)"
             )
-        if not 1 <= k < index.ntotal:
-            raise ValueError(f"k must be from 1 to {index.ntotal - 1}, the other rows, got {k}")
+        _check_k(k, index.ntotal)
         vectors = index.reconstruct_n(0, index.ntotal)
         if len(vectors) <= EXACT_ROWS:
             return cls.build(vectors, k, seed)
@@ -140,7 +143,10 @@ class KNNGraph:
         return cls(neighbours, scores / np.float32(num_codebooks), vectors)
 
     def append(self, vectors: np.ndarray, seed: int = 0) -> "KNNGraph":
-        """The graph of these rows and of more: if this one is exact, that of all from anew, but for the order of ties.
+        """The graph of these rows and of more: if this one is exact, that of all from anew, with other draws of ties.
+
+        Rows that find new ones as near as some that they have are searched anew among all, so that new rows have the
+        chance of old ones: among many copies this takes as long as `build`.
 
         Args:
             vectors: Float `[m, D]` of the rows that come behind.
@@ -154,19 +160,34 @@ class KNNGraph:
         new, old = F.normalize(checked_vectors(vectors), dim=1), torch.from_numpy(self.vectors)
         if new.shape[1] != old.shape[1]:
             raise ValueError(f"vectors must be {old.shape[1]} wide, as those of the graph, got {new.shape[1]}")
+        neighbours, scores, tied = self._merged(*nearest(old, new, min(self.neighbours.shape[1], len(new)), None, seed))
         rows, k = torch.cat([old, new]), self.neighbours.shape[1]
-        added = [
-            _filled(each, k, empty)
-            for each, empty in zip(nearest(new, rows, min(k, len(rows) - 1), len(old), seed), (-1, 0), strict=True)
-        ]
-        nearer = nearest(old, new, min(k, len(new)), None, seed)
-        kept = np.where(self.neighbours < 0, -np.inf, self.scores)
-        scores = np.concatenate([kept, nearer[1]], axis=1)
-        best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        both = np.concatenate([self.neighbours, nearer[0] + len(old)], axis=1)
-        neighbours, scores = (np.take_along_axis(each, best, axis=1) for each in (both, scores))
-        parts = ((neighbours, added[0]), (scores.astype(np.float32), added[1]))
-        return KNNGraph(*(np.concatenate(part) for part in parts), rows.numpy())
+        again = np.concatenate([np.flatnonzero(tied), np.arange(len(old), len(rows))])
+        found = nearest(rows[again], rows, min(k, len(rows) - 1), torch.from_numpy(again), seed)
+        neighbours, scores = (
+            np.pad(each, ((0, len(new)), (0, 0)), constant_values=empty)
+            for each, empty in ((neighbours, -1), (scores, 0))
+        )
+        neighbours[again, : found[0].shape[1]], scores[again, : found[1].shape[1]] = found
+        return KNNGraph(neighbours, scores, rows.numpy())
+
+    def _merged(self, nearer: np.ndarray, cosines: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Neighbours and scores `[n, k]` among old and new rows, and which rows `[n]` have a tie between both.
+
+        Args:
+            nearer: Numbers of the nearest new rows, counted from 0, int64 `[n, l]`, best first.
+            cosines: Their scores float32 `[n, l]`.
+        """
+        n, k = self.neighbours.shape
+        # Where there is no neighbour, what is below any cosine.
+        kept = np.where(self.neighbours < 0, np.float32(-2), self.scores)
+        scores = np.concatenate([kept, cosines], axis=1)
+        order = np.argsort(-scores, axis=1, kind="stable")
+        scores, both = np.take_along_axis(scores, order, axis=1), np.concatenate([self.neighbours, nearer + n], axis=1)
+        new = order >= k
+        ties = (new[:, 1:] != new[:, :-1]) & (scores[:, :-1] - scores[:, 1:] <= TIE)
+        tied = (ties & (scores[:, :-1] >= scores[:, k - 1 : k] - TIE)).any(axis=1)
+        return np.take_along_axis(both, order[:, :k], axis=1), scores[:, :k], tied
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the graph as one safetensors file, whole or not at all."""
@@ -247,9 +268,11 @@ def rows_to(columns: np.ndarray, values: np.ndarray, width: int | None = None) -
     return sparse.csr_array((values[there], columns[there], starts), shape=(n, n if width is None else width))
 
 
-def _filled(values: np.ndarray, width: int, empty: int) -> np.ndarray:
-    """Values `[n, k]` and behind them `empty`, `[n, width]`."""
-    return np.pad(values, ((0, 0), (0, width - values.shape[1])), constant_values=empty)
+def _check_k(k: int, rows: int) -> None:
+    if rows < 2:
+        raise ValueError(f"a graph needs at least two rows, got {rows}")
+    if not 1 <= k < rows:
+        raise ValueError(f"k must be from 1 to {rows - 1}, the other rows, got {k}")
 
 
 def _without(ids: np.ndarray, scores: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

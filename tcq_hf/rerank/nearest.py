@@ -10,7 +10,7 @@ TIE = 1e-6
 
 
 def nearest(
-    rows: torch.Tensor, base: torch.Tensor, k: int, own: int | None, seed: int
+    rows: torch.Tensor, base: torch.Tensor, k: int, own: torch.Tensor | None, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest of `base` `[n, D]` to each row, int64 and float32 `[m, k]`.
 
@@ -18,8 +18,8 @@ def nearest(
         rows: float32 `[m, D]` of unit norm.
         base: float32 `[n, D]` of unit norm.
         k: Neighbours of a row, at most n, and n - 1 where rows are in the base.
-        own: Number in the base of the first row, whose others follow, none of them its own neighbour; None where the
-            rows are not in it.
+        own: Number in the base of each row, int64 `[m]`, which is not its own neighbour; None where the rows are not in
+            it.
         seed: Seed of the order of ties, scores within 1e-6.
     """
     n = len(base)
@@ -29,13 +29,12 @@ def nearest(
     if own is None:
         begins = torch.randint(n + 1, (len(rows),), generator=generator)
     else:
-        begins = torch.randperm(n, generator=generator)[own : own + len(rows)]
+        begins = torch.randperm(n, generator=generator)[own]
     neighbours, scores = [], []
     for start in range(0, len(rows), step := max(1, _SCORES_AT_ONCE // n)):
         block = rows[start : start + step] @ base.T
         if own is not None:
-            places = torch.arange(len(block))
-            block[places, own + start + places] = -torch.inf
+            block[torch.arange(len(block)), own[start : start + step]] = -torch.inf
         # Cosines of equal vectors are near 1, where float32 is too coarse for what is added; near 0 it is not.
         best = (block - 1).add_(drawn[begins[start : start + step]]).topk(k, dim=1).indices
         neighbours.append(best)

@@ -7,6 +7,7 @@ from drawn_vectors import unit
 from safetensors.numpy import save_file
 
 from tcq_hf import build_index
+from tcq_hf.index.segments import SegmentedIndex
 from tcq_hf.rerank import graph as module
 from tcq_hf.rerank import nearest
 from tcq_hf.rerank.graph import KNNGraph, quality
@@ -132,11 +133,22 @@ def test_rows_of_one_code_never_name_themselves_in_an_index(monkeypatch):
     np.testing.assert_allclose(graph.scores, 1, atol=1e-6)
 
 
-def test_an_index_without_codes_or_rows_is_refused():
+def test_an_index_without_codes_or_rows_is_refused(tmp_path):
     with pytest.raises(TypeError, match="index must come from build_index or load_index, got IndexFlatIP"):
         KNNGraph.from_index(faiss.IndexFlatIP(4), 3)
     with pytest.raises(ValueError, match="k must be from 1 to 9, the other rows, got 10"):
         KNNGraph.from_index(build_index(codebooks_of(), codes_of(10)), 10)
+    for call in (
+        lambda: KNNGraph.from_index(build_index(codebooks_of(), codes_of(1)), 0),
+        lambda: KNNGraph.build(np.ones((1, 3)), 1),
+    ):
+        with pytest.raises(ValueError, match="a graph needs at least two rows, got 1"):
+            call()
+    SegmentedIndex.create(tmp_path, codebooks_of()).append(codes_of(10))
+    living = SegmentedIndex.open(tmp_path)
+    with pytest.raises(TypeError, match=r"got SegmentedIndex; of one in a folder give its in_memory\(\)"):
+        KNNGraph.from_index(living, 3)
+    assert len(KNNGraph.from_index(living.in_memory()[0], 3)) == 10
 
 
 @pytest.mark.parametrize("added", [1, 4, 30])
@@ -147,6 +159,31 @@ def test_an_appended_graph_is_that_of_all_rows(added):
     np.testing.assert_array_equal(grown.neighbours, expected.neighbours)
     np.testing.assert_allclose(grown.scores, expected.scores, atol=1e-6)
     np.testing.assert_allclose(grown.vectors, expected.vectors, atol=1e-7)
+
+
+@pytest.mark.parametrize("step", [150, 50])
+def test_appended_copies_have_the_chance_of_those_that_were_there(step):
+    vectors = np.tile(vectors_of(10), (30, 1))
+    graph = KNNGraph.build(vectors[:150], 5)
+    for start in range(150, 300, step):
+        graph = graph.append(vectors[start : start + step], seed=start)
+    assert (graph.neighbours % 10 == np.arange(300)[:, None] % 10).all()
+    # 15 of the 29 copies of an old row are new, 14 of those of a new one. Five standard errors of 150 rows' five draws.
+    close = 5 * np.sqrt(0.25 / (150 * 5))
+    assert (graph.neighbours[:150] >= 150).mean() == pytest.approx(15 / 29, abs=close)
+    assert (graph.neighbours[150:] >= 150).mean() == pytest.approx(14 / 29, abs=close)
+
+
+def test_appended_copies_beyond_the_last_place_are_drawn_from_all():
+    # Four neighbours at 0.6, as are three new rows; one new row is nearer and takes the first place.
+    angle, nearer = np.array([0.6, 0.8]), np.array([0.8, 0.6])
+    drawn = set()
+    for seed in range(60):
+        graph = KNNGraph.build(np.array([[1.0, 0], *[angle] * 4]), 4)
+        found = graph.append(np.array([*[angle] * 3, nearer]), seed).neighbours[0]
+        assert found[0] == 8
+        drawn |= {*found[1:].tolist()}
+    assert drawn == {1, 2, 3, 4, 5, 6, 7}
 
 
 def test_appended_rows_fill_lists_that_are_short():
@@ -161,6 +198,8 @@ def test_what_cannot_be_appended_is_refused():
         graph.append(vectors_of(3, 4))
     with pytest.raises(ValueError, match="row 0 is not"):
         graph.append(np.full((1, 5), np.nan, np.float32))
+    unsigned = KNNGraph(graph.neighbours.astype(np.uint64), graph.scores, graph.vectors)
+    assert unsigned.append(vectors_of(3)).neighbours.dtype == np.int64
     with pytest.raises(ValueError, match="a graph without vectors cannot grow"):
         KNNGraph(graph.neighbours, graph.scores).append(vectors_of(3))
 
@@ -217,6 +256,7 @@ def test_a_row_without_neighbours_has_no_edges():
         ([[-1, 1], [0, -1]], [[1.0, 1], [1, 1]], "those of row 0 are not"),
         ([[1], [0]], [[7.0], [1.0]], "one of row 0 is not; divide those of an index of codes by M"),
         ([[1], [0]], [[1.0], [np.nan]], "scores must be cosines, one of row 1 is not"),
+        ([[1, 2], [0, 2], [0, 1]], [[0.2, 0.1], [0.1, 0.2], [0, 0]], "scores must fall along a row, those of row 1 do"),
         ([1, 0], [1.0, 1.0], r"must have one shape \[n, k\], got \(2,\)"),
         ([[1], [0]], [[1.0, 1.0], [1.0, 1.0]], r"got \(2, 1\) and \(2, 2\)"),
         ([[1], [2]], [[1.0], [1.0]], "from 0 to 1, with -1 .* those of row 1 are not"),

@@ -225,7 +225,7 @@ def test_a_query_that_ties_with_the_last_neighbour_is_among_them():
 
 def test_isolated_rows_small_galleries_and_empty_lists():
     vectors = clustered(5)
-    near = np.array([[1, -1], [0, -1], [3, 4], [2, 4], [-1, -1]])
+    near = np.array([[1, -1], [0, -1], [4, 3], [4, 2], [-1, -1]])
     graph = KNNGraph(near, np.where(near < 0, 0, (vectors @ vectors.T)[np.arange(5)[:, None], near]), vectors)
     query = unit(vectors[:1] + 0.01)
     lists = search(query, vectors, 5)
