@@ -122,7 +122,7 @@ def search(
         filters: Search only rows that have this value, or one of these, in a column: `{"label": ["dress", "hat"]}`. The
             names of a `ClassLabel` are understood; with several columns all must fit.
         rerank: A fitted re-ranker of `tcq_hf.rerank`, whose graph has the rows of this dataset; it sees the `depth`
-            best rows.
+            best rows and their similarities.
         fuse: A `tcq_hf.rerank.fusion.Fusion` with the other indexes of the dataset whose lists of the `depth` best rows
             are merged with that of this one, before any re-ranking.
         depth: Rows to find for both, at least k of them.
@@ -133,7 +133,7 @@ def search(
 
     Raises:
         RuntimeError: If the re-ranker was not fitted.
-        TypeError: If `rerank` is a class, or the query is several.
+        TypeError: If `rerank` is a class, `fuse` no `Fusion`, or the query is several.
         ValueError: If the index belongs to another model, k exceeds its size, the query has a wrong shape, rows are
             filtered that a re-ranker could bring back, its gallery is another one, an embedding of one model is to be
             fused with lists of others, depth is below 1, or the index, being on a GPU, gives no single rows.
@@ -146,6 +146,9 @@ def search(
         _check_reranker(rerank, len(dataset), filters)
     if fuse is not None and is_embedding(query):
         raise ValueError("an embedding is that of one model and fuse asks others too; give a picture or a row as query")
+    if fuse is not None and (isinstance(fuse, type) or not hasattr(fuse, "others")):
+        name = fuse.__name__ if hasattr(fuse, "__name__") else type(fuse).__name__
+        raise TypeError(f"fuse must be a Fusion of further indexes, tcq_hf.rerank.Fusion(others), got {name}")
     if depth < 1:
         raise ValueError(f"depth must be at least 1, got {depth}")
     if rerank is not None or fuse is not None:
@@ -159,22 +162,19 @@ def search(
 
     embedding = query_embedding(dataset, query, model, processor, image_column)
     scores, rows = _find(dataset, index_name, model, embedding, k, count, allowed)
-    known = dict(zip(rows[0].tolist(), scores[0].tolist(), strict=True))
+    similarity = _Similarity(dataset.get_index(index_name).faiss_index, embedding, model.config.num_codebooks)
+    similarity.learn(scores[0], rows[0])
     if fuse is not None:
         scores, rows = fuse(ask, scores, rows)
     if rerank is not None:
-        scores, rows = rerank(embedding[None], scores, rows)
+        scores, rows = rerank(embedding[None], similarity(rows[0])[None], rows)
     there = rows[0, :k] >= 0
     scores, rows = scores[0, :k][there], rows[0, :k][there]
-    if not known.keys() >= set(rows.tolist()):
-        known = _scores_of(dataset.get_index(index_name).faiss_index, rows, embedding)
-    similarities = [known[row] / model.config.num_codebooks for row in rows.tolist()]
+    similarities = similarity(rows)
     with dataset.formatted_as(None):
         table = dataset[rows.tolist()]
-    return [
-        {name: values[i] for name, values in table.items()} | {"row": row, "score": score, "similarity": similarity}
-        for i, (row, score, similarity) in enumerate(zip(rows.tolist(), scores.tolist(), similarities, strict=True))
-    ]
+    added = {"row": rows.tolist(), "score": scores.tolist(), "similarity": similarities.tolist()}
+    return [{name: values[i] for name, values in (table | added).items()} for i in range(len(rows))]
 
 
 def _find(
@@ -199,10 +199,26 @@ def _find(
     return np.asarray(scores)[None], np.asarray(rows)[None]
 
 
-def _scores_of(index: Any, rows: np.ndarray, embedding: np.ndarray) -> dict[int, float]:
-    """Scores of some rows, by their exact codes."""
-    scores, numbers = _search_some(index, rows, embedding, len(rows))
-    return dict(zip(numbers[0].tolist(), scores[0].tolist(), strict=True))
+class _Similarity:
+    """Inner products / M of one embedding with rows of an index, by their exact codes."""
+
+    def __init__(self, index: Any, embedding: np.ndarray, num_codebooks: int) -> None:
+        self._index, self._embedding, self._num_codebooks = index, embedding, num_codebooks
+        self._scores: dict[int, float] = {}
+
+    def learn(self, scores: np.ndarray, rows: np.ndarray) -> None:
+        """Take over scores `[n]` of a search."""
+        self._scores |= zip(rows.tolist(), scores.tolist(), strict=True)
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        """Those of rows int64 `[n]`, float64 `[n]`; -inf where the number is -1."""
+        there = rows[rows >= 0]
+        if not self._scores.keys() >= set(there.tolist()):
+            scores, numbers = _search_some(self._index, there, self._embedding, len(there))
+            self.learn(scores[0], numbers[0])
+        found = np.full(len(rows), -np.inf)
+        found[rows >= 0] = [self._scores[row] / self._num_codebooks for row in there.tolist()]
+        return found
 
 
 def matching_rows(dataset: Dataset, filters: Mapping[str, Any]) -> np.ndarray:

@@ -10,7 +10,7 @@ from scipy.sparse.csgraph import reverse_cuthill_mckee
 from tqdm.auto import tqdm
 
 from .graph import KNNGraph, rows_to
-from .graph_checks import require_neighbours, warn_if_degenerate
+from .graph_checks import require_neighbours, require_room_for_queries, warn_if_degenerate
 from .lists import check_lists, rank_in_blocks, unit_queries
 from .sparse_rows import largest_entries, narrow, unit_rows
 
@@ -76,11 +76,11 @@ class Diffusion:
             graph: Graph of the gallery with at least k - 1 neighbours a row, or all other rows.
 
         Raises:
-            ValueError: If it holds fewer, or for a transductive re-ranker no vectors.
+            ValueError: If it holds fewer, or for a transductive re-ranker no vectors or too few rows.
         """
         require_neighbours(graph, self.k - 1, f"k={self.k} counts the row itself and")
-        if self.transductive and graph.vectors is None:
-            raise ValueError("transductive=True puts queries into the graph, and this one has no vectors")
+        if self.transductive:
+            require_room_for_queries(graph, self.k - 1, f"k={self.k}")
         warn_if_degenerate(graph, self.k)
         if not self.transductive:
             self._flow = self._diffused(graph)

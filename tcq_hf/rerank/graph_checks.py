@@ -21,6 +21,16 @@ def require_neighbours(graph: KNNGraph, wanted: int, why: str) -> None:
         )
 
 
+def require_room_for_queries(graph: KNNGraph, wanted: int, why: str) -> None:
+    """Raise ValueError unless queries can come into a graph: it has vectors, and `wanted` neighbours a row by `why`."""
+    if graph.vectors is None:
+        raise ValueError("transductive=True puts queries into the graph, and this one has no vectors")
+    if graph.neighbours.shape[1] < wanted:
+        raise ValueError(
+            f"transductive=True with {why} needs a gallery of at least {wanted + 1} rows, got {len(graph)}"
+        )
+
+
 def copies(graph: KNNGraph, k: int) -> float:
     """Share of the first k - 1 neighbours of rows that are their copies: cosine 1, within 1e-6.
 

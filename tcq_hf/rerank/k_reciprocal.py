@@ -9,7 +9,7 @@ from scipy import sparse
 from tqdm.auto import tqdm
 
 from .graph import KNNGraph, rows_to
-from .graph_checks import require_neighbours
+from .graph_checks import require_neighbours, require_room_for_queries
 from .lists import check_lists, unit_queries
 from .nearest import TIE
 
@@ -69,13 +69,11 @@ class KReciprocal:
             graph: Graph of the gallery with at least k1 neighbours a row, or all other rows.
 
         Raises:
-            ValueError: If it holds fewer, or for a transductive re-ranker no vectors.
+            ValueError: If it holds fewer, or for a transductive re-ranker no vectors or too few rows.
         """
         require_neighbours(graph, self.k1, f"k1={self.k1}")
-        if self.transductive and graph.vectors is None:
-            raise ValueError("transductive=True puts queries into the graph, and this one has no vectors")
-        if self.transductive and graph.neighbours.shape[1] < self.k1:
-            raise ValueError(f"transductive=True needs a gallery of more than k1={self.k1} rows, got {len(graph)}")
+        if self.transductive:
+            require_room_for_queries(graph, self.k1, f"k1={self.k1}")
         self._encoding = None if self.transductive else encode(graph, self.k1, self.k2)
         self._graph = graph
         return self

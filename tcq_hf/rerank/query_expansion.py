@@ -101,6 +101,8 @@ class QueryExpansion:
     def __call__(self, queries: np.ndarray, scores: Any, ids: Any) -> tuple[np.ndarray, np.ndarray]:
         """The best rows of the whole gallery, by cosine with the expanded query: exact, and as many as were given.
 
+        Rows of equal cosine stand by number, so that a shorter list is the beginning of a longer one.
+
         Args:
             queries: Float `[Q, D]`, of any length.
             scores: Numbers `[Q, L]`, as of `index.search`.
@@ -135,6 +137,11 @@ def _search(queries: np.ndarray, vectors: np.ndarray, count: int) -> tuple[np.nd
     ids, found = np.full((len(queries), count), -1, np.int64), min(count, len(vectors))
     base, step = torch.from_numpy(vectors).T, max(1, _NUMBERS_AT_ONCE // len(vectors))
     for start in tqdm(range(0, len(queries), step), desc="Searching anew", unit="block", delay=2):
-        best = (torch.from_numpy(queries[start : start + step]) @ base).topk(found, dim=1)
-        scores[start : start + step, :found], ids[start : start + step, :found] = best.values, best.indices
+        cosines = torch.from_numpy(queries[start : start + step]) @ base
+        least = cosines.topk(found, dim=1).values[:, -1].numpy()
+        for query, (own, limit) in enumerate(zip(cosines.numpy(), least, strict=True), start):
+            # All that tie with the last, of which topk keeps any.
+            there = np.flatnonzero(own >= limit)
+            best = there[np.argsort(-own[there], kind="stable")[:found]]
+            scores[query, :found], ids[query, :found] = own[best], best
     return scores, ids

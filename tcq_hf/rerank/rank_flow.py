@@ -6,7 +6,7 @@ import numpy as np
 from scipy import sparse
 
 from .graph import KNNGraph, rows_to
-from .graph_checks import require_neighbours, warn_if_degenerate
+from .graph_checks import require_neighbours, require_room_for_queries, warn_if_degenerate
 from .lists import check_lists, rank_in_blocks, unit_queries
 from .rank_steps import (
     components,
@@ -93,15 +93,17 @@ class RankFlow:
 
         Raises:
             ValueError: If a graph holds fewer neighbours or other rows than the first, or for a transductive re-ranker
-                has no vectors or company.
+                has no vectors, too few rows or company.
         """
         for each in (graph, *more):
             require_neighbours(each, self.k - 1, f"k={self.k} counts the row itself and")
             if len(each) != len(graph):
                 raise ValueError(f"all graphs must be of the same rows, got graphs of {len(graph)} and {len(each)}")
             warn_if_degenerate(each, self.k)
-        if self.transductive and (more or graph.vectors is None):
-            raise ValueError("transductive=True puts queries into the graph, which must be one, and with vectors")
+        if self.transductive and more:
+            raise ValueError("transductive=True puts queries into the graph, which must be one")
+        if self.transductive:
+            require_room_for_queries(graph, self.k - 1, f"k={self.k}")
         if not self.transductive:
             self._ranked, self._embedding = self._flow(graph, *more)
             self._columns = None if self._embedding is None else unit_rows(self._embedding).T.tocsr()

@@ -14,9 +14,7 @@ from tcq_hf import TCQModel, add_code_index, build_index, codes_array, encode_da
 from tcq_hf.index.dataset_index import attach_index, matching_rows
 from tcq_hf.index.dataset_index import search as search_module_function
 from tcq_hf.index.encoding import encode_pictures
-from tcq_hf.rerank.fusion import Fusion
-from tcq_hf.rerank.graph import KNNGraph
-from tcq_hf.rerank.query_expansion import QueryExpansion
+from tcq_hf.rerank import Diffusion, Fusion, KNNGraph, KReciprocal, QueryExpansion, reciprocal_rank_fusion
 
 # A sum of M = 4 inner products of unit vectors in float32, once through another batch size.
 SCORE_TOLERANCE = 1e-5
@@ -510,6 +508,22 @@ def test_fused_lists_are_filtered_and_ranked_anew(two_indexes, model, processor)
     assert [row["score"] for row in both] == sorted((row["score"] for row in both), reverse=True)
 
 
+@pytest.mark.filterwarnings("ignore:.*are copies of them:UserWarning")
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("reranker", [KReciprocal(5, 3), Diffusion(5)])
+def test_a_graph_without_vectors_gets_similarities(two_indexes, model, processor, fused, reranker):
+    dataset, _, fusion = two_indexes
+    options = {"index_name": "codes", "k": 32, "fuse": fusion if fused else None}
+    listed = search(dataset, 7, model, processor, **options)
+    graph = KNNGraph.from_index(dataset.get_index("codes").faiss_index, 6)
+    reranker.fit(KNNGraph(graph.neighbours, graph.scores))
+    similarities, ids = (np.array([[row[name] for row in listed]]) for name in ("similarity", "row"))
+    scores, rows = reranker(None, similarities, ids)
+    found = search(dataset, 7, model, processor, rerank=reranker, **options)
+    assert [row["row"] for row in found] == rows[0].tolist()
+    assert [row["score"] for row in found] == scores[0].tolist()
+
+
 def test_what_cannot_go_together_is_refused(indexed, two_indexes, model, processor):
     dataset, other, fusion = two_indexes
     reranker = QueryExpansion(k=3).fit(KNNGraph.from_index(dataset.get_index("codes").faiss_index, 5))
@@ -524,6 +538,9 @@ def test_what_cannot_go_together_is_refused(indexed, two_indexes, model, process
         search(dataset, 7, model, processor, 5, "codes", rerank=small)
     with pytest.raises(TypeError, match=r"got the class; use QueryExpansion\(\).fit\(graph\)"):
         search(dataset, 7, model, processor, 5, "codes", rerank=QueryExpansion)
+    for no_fusion, name in ((reciprocal_rank_fusion, "reciprocal_rank_fusion"), (Fusion, "Fusion"), ({}, "dict")):
+        with pytest.raises(TypeError, match=f"fuse must be a Fusion of further indexes, .*, got {name}"):
+            search(dataset, 7, model, processor, 5, "codes", fuse=no_fusion)
     with pytest.raises(ValueError, match="depth must be at least 1, got 0"):
         search(dataset, 7, model, processor, 5, "codes", fuse=fusion, depth=0)
     with pytest.raises(RuntimeError, match="call fit"):

@@ -264,6 +264,8 @@ def test_impossible_graphs_are_refused():
         Diffusion(k=9).fit(graph)
     with pytest.raises(ValueError, match="transductive=True puts queries into the graph, and this one has no vectors"):
         Diffusion(k=8, transductive=True).fit(KNNGraph(graph.neighbours, graph.scores))
+    with pytest.raises(ValueError, match="transductive=True with k=8 needs a gallery of at least 8 rows, got 7"):
+        Diffusion(k=8, transductive=True).fit(KNNGraph.build(drawn()[0][:7], 6))
     with pytest.raises(RuntimeError, match=r"call fit\(graph\) first"):
         Diffusion(k=8)(None, [[1.0]], [[0]])
 

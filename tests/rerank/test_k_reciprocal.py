@@ -306,5 +306,5 @@ def test_impossible_queries_and_lists_are_refused(queries, scores, ids, error, m
 
 def test_a_transductive_gallery_has_more_rows_than_neighbours():
     graph = KNNGraph.build(np.random.default_rng(0).standard_normal((15, 5)).astype(np.float32), 14)
-    with pytest.raises(ValueError, match="needs a gallery of more than k1=20 rows, got 15"):
+    with pytest.raises(ValueError, match="with k1=20 needs a gallery of at least 21 rows, got 15"):
         KReciprocal(transductive=True).fit(graph)

@@ -117,6 +117,18 @@ def test_copies_of_one_vector_stay_what_they_are():
     assert [len(set(row)) for row in ids.tolist()] == [10, 10]
 
 
+def test_rows_of_equal_cosine_stand_by_number_in_lists_of_any_length():
+    vectors = np.repeat(vectors_of(8), 25, axis=0)[np.random.default_rng(2).permutation(200)]
+    queries = vectors_of(3, seed=1)
+    reranker = QueryExpansion(k=3).fit(KNNGraph.build(vectors, 3))
+    lists = search(queries, vectors, 200)
+    scores, whole = reranker(queries, *lists)
+    for own, ids in zip(scores, whole, strict=True):
+        assert (np.diff(ids)[np.diff(own) == 0] > 0).all()
+    for length in (3, 10, 40, 199):
+        np.testing.assert_array_equal(reranker(queries, *(each[:, :length] for each in lists))[1], whole[:, :length])
+
+
 def test_a_small_gallery_and_empty_lists():
     vectors = vectors_of(4)
     reranker = QueryExpansion(database=True).fit(KNNGraph.build(vectors, 3))

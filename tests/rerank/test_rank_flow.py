@@ -321,10 +321,12 @@ def test_impossible_graphs_are_refused():
         RankFlow(11).fit(graph)
     with pytest.raises(ValueError, match="all graphs must be of the same rows, got graphs of 90 and 80"):
         RankFlow(5).fit(graph, fewer)
-    with pytest.raises(ValueError, match="which must be one, and with vectors"):
+    with pytest.raises(ValueError, match="transductive=True puts queries into the graph, which must be one"):
         RankFlow(5, transductive=True).fit(graph, graph)
-    with pytest.raises(ValueError, match="which must be one, and with vectors"):
+    with pytest.raises(ValueError, match="and this one has no vectors"):
         RankFlow(5, transductive=True).fit(KNNGraph(graph.neighbours, graph.scores))
+    with pytest.raises(ValueError, match="transductive=True with k=5 needs a gallery of at least 5 rows, got 4"):
+        RankFlow(5, transductive=True).fit(KNNGraph.build(drawn()[0][:4], 3))
 
 
 def test_what_a_flow_cannot_give_is_refused():
