@@ -55,17 +55,24 @@ def pytest_runtest_logreport(report):
 
 def pytest_sessionfinish(session):
     """The table of docs/systems.md says what the tests say, or the run fails."""
-    options = session.config.option
-    # Only a run of all tests of the systems can tell.
-    whole = {Path(each).resolve() for each in session.config.args} & {status.TESTS, status.TESTS.parent}
-    if hasattr(session.config, "workerinput") or not whole or options.keyword or options.markexpr or options.deselect:
+    if hasattr(session.config, "workerinput") or not _ran_all_systems(session):
         return
     page = status.page_with(status.table(_outcomes))
-    if options.write_systems:
+    if session.config.option.write_systems:
         status.PAGE.write_text(page, encoding="utf-8")
     elif page != status.PAGE.read_text(encoding="utf-8"):
         print("\ndocs/systems.md does not say what the tests say: pytest tests/systems --write-systems")  # noqa: T201
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _ran_all_systems(session) -> bool:
+    """Whether a run was of all tests of the systems, and went to its end: no other can tell."""
+    options = session.config.option
+    chosen = {Path(each).resolve() for each in session.config.args} & {status.TESTS, status.TESTS.parent}
+    part = ("keyword", "markexpr", "deselect", "collectonly", "lf", "stepwise")
+    ended = session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+    stopped = session.shouldstop or session.shouldfail or any(getattr(options, name, None) for name in part)
+    return bool(chosen) and ended and not stopped
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -118,6 +118,7 @@ DEALINGS = {
     "there and back": {"deal": there_and_back},
     "random rotation, not centred": {"deal": "rotation", "centre": False},
     "random rotation, features at their own length": {"deal": "rotation", "unit": False},
+    "random rotation, whitened": {"deal": "rotation", "whiten": True},
     "random rotation, D = 32": {"deal": "rotation", "width": 32},
     "random rotation, D = 64": {"deal": "rotation", "width": 64},
     "random rotation, D = 192": {"deal": "rotation", "width": 192},
@@ -129,11 +130,12 @@ def dealt_figure(train: tuple, validation: tuple, **how) -> float:
 
 
 @torch.inference_mode()
-def dealt_scores(base, queries, deal, centre=True, unit=True, width=128, books=4, seed=0) -> np.ndarray:
+def dealt_scores(base, queries, deal, centre=True, unit=True, whiten=False, width=128, books=4, seed=0) -> np.ndarray:
     if unit:
         base, queries = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (base, queries))
     mean = base.mean(0) if centre else np.zeros_like(base[0])
-    directions = np.linalg.svd(base - mean, full_matrices=False)[2][:width]
+    _, lengths, directions = np.linalg.svd(base - mean, full_matrices=False)
+    directions = directions[:width] / (lengths[:width, None] if whiten else 1)
     if deal == "rotation":
         turn = np.linalg.qr(np.random.default_rng(seed).standard_normal((width, width)))[0]
         directions = turn @ directions

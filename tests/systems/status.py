@@ -36,7 +36,7 @@ SYSTEMS = (
         *("follows", '`TCQTrainer`, `TCQTrainingArguments(negative_filter="fraction")`'),
     ),
     System(
-        *(1, "PyRetri, re-ranking and dimensions", "Hu et al., ACM MM 2020"),
+        *(1, "PyRetri, re-ranking and PCA", "Hu et al., ACM MM 2020"),
         *("reproduces", "[its options and ours](pyretri.md)"),
     ),
     System(2, "MPFA, prominent features by masks", "Wang et al., ICIP 2019", "in the spirit of", ""),

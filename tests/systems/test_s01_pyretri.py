@@ -1,12 +1,13 @@
-"""S1, PyRetri: its ways to enhance and re-rank are formulas by loop; on digits k-reciprocal adds .06, DBA and QE .10.
+"""S1, PyRetri: its options are formulas by loop; on digits k-reciprocal adds .06, DBA and QE .10.
 
-What PyRetri does to dimensions is in the tests of transforms; pooling is not offered.
+Pooling is not offered, nor what docs/pyretri.md names beside it.
 """
 
 import numpy as np
 import pytest
 
 from tcq_hf.evaluation.list_metrics import mean_average_precision_of_lists
+from tcq_hf.index.transforms import Step, fit_chain
 from tcq_hf.rerank.graph import KNNGraph
 from tcq_hf.rerank.k_reciprocal import KReciprocal, encode
 from tcq_hf.rerank.query_expansion import QueryExpansion
@@ -121,6 +122,17 @@ def baseline(bench):
 
 def test_the_baseline_is_that_of_the_reference(baseline):
     np.testing.assert_allclose(baseline, [0.614, 0.659], atol=0.001)
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("pca", 0.683), ("pca-whitening", 0.464)])
+def test_l2_and_pca_and_l2_are_eigenvectors_of_the_covariance(bench, kind, expected):
+    values, vectors = np.linalg.eigh(np.cov(bench.rows.astype(np.float64).T, bias=True))
+    shorter = (bench.rows - bench.rows.mean(axis=0)) @ vectors[:, -32:]
+    shorter = unit(shorter / np.sqrt(values[-32:] + 1e-5) if kind == "pca-whitening" else shorter)
+    found = fit_chain([Step("l2"), Step(kind, 32), Step("l2")], train=bench.rows).apply(bench.rows)
+    # Cosines do not see which way a direction points; sums of 64 terms in float32.
+    np.testing.assert_allclose(found @ found.T, shorter @ shorter.T, atol=1e-5)
+    assert bench.figures(lists_of(found, found)[1])[1] == pytest.approx(expected, abs=0.001)
 
 
 def test_query_expansion_gains(bench):
