@@ -32,7 +32,8 @@ shortest list that is left before re-ranking. Of CIFAR-10 the training pictures 
 all of it.
 
 *fit* is what has to be done once when the graph is there, *ms a query* the median of 100 single queries, *memory* the
-most that a process of its own held beyond vectors and graph (VmHWM). Two threads."""
+most that a process of its own held beyond vectors and graph (VmHWM). Two threads; seconds hold for whatever else ran
+on the machine."""
 
 FUSION = "Reciprocal-rank fusion of the lists of the three learned codes, no re-ranking:"
 
