@@ -19,10 +19,10 @@ PICTURES = ("curves", "bits", "shares")
 TEXT = """# Learned codes beside what one would use instead
 
 `python tests/benchmarks/retrieval.py` wrote this page from what `tcq-hf evaluate` measured, all options at their
-defaults; only the data and the bits change, and no test query has chosen anything. Frozen ViT-Ti/16 (ImageNet-21k then
-1k, supervised), 224 px, three seeds. *tcq_hf, auto* is the default training. The rows before it change one thing:
-*vanilla contrastive* has no filter and attracts own views, *fraction 0.1, own views* drops a fixed share, *fraction X*
-drops other shares and attracts neighbours as the default does.
+defaults; only the data, the bits and at last the codewords change, and no test query has chosen anything. Frozen
+ViT-Ti/16 (ImageNet-21k then 1k, supervised), 224 px, three seeds. *tcq_hf, auto* is the default training. The rows
+before it change one thing: *vanilla contrastive* has no filter and attracts own views, *fraction 0.1, own views* drops
+a fixed share, *fraction X* drops other shares and attracts neighbours as the default does.
 
 mAP@1000, hits within k, of the default training, with its difference to FAISS PQ at equal bits and the 95 % interval:
 
@@ -52,20 +52,22 @@ All figures of each seed: [{stem}.json](retrieval/{stem}.json)."""
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One set: its title, folder in the data, protocol and further options."""
+    """One set: its title, folder in the data, protocol and further options; what its files are called beside that."""
 
     title: str
     folder: str
     protocol: str
     options: str
+    bits: str = "16 32 64"
+    suffix: str = ""
 
     @property
     def stem(self) -> str:
-        return self.folder if self.protocol == "labels" else self.protocol
+        return (self.folder if self.protocol == "labels" else self.protocol) + self.suffix
 
     def arguments(self, data: str) -> list[str]:
         """Arguments of the command for data of this name."""
-        fixed = f"--protocol {self.protocol} --backbone {BACKBONE} --bits 16 32 64 --seeds 3 {self.options}"
+        fixed = f"--protocol {self.protocol} --backbone {BACKBONE} --bits {self.bits} --seeds 3 {self.options}"
         return ["evaluate", "--dataset", data, *fixed.split()]
 
 
@@ -74,6 +76,7 @@ SETS = (
     Benchmark("CIFAR-10 (II)", "cifar10", "cifar10-ii", SHARES),
     Benchmark("CIFAR-10 (I)", "cifar10", "cifar10-i", ""),
     Benchmark("Clothing photographs", "clothing", "labels", SHARES),
+    Benchmark("CIFAR-10 (II), 16 codewords", "cifar10", "cifar10-ii", "--codebook-size 16", "32", "-16-codewords"),
 )
 
 
@@ -92,7 +95,12 @@ def main() -> None:
                 raise SystemExit(f"no figures of {one.title}")
         published(one, folder)
     found = {one: json.loads((PAGES / "retrieval" / f"{one.stem}.json").read_text("utf-8")) for one in SETS}
-    summary = [{"set": one.title} | {f"{row['bits']} bits": figure(row) for row in default(found[one])} for one in SETS]
+    bits = dict.fromkeys(f"{row['bits']} bits" for one in SETS for row in default(found[one]))
+    columns = {"set": ""} | dict.fromkeys(bits, "")
+    summary = [
+        columns | {"set": one.title} | {f"{row['bits']} bits": figure(row) for row in default(found[one])}
+        for one in SETS
+    ]
     parts = [TEXT.format(summary=markdown_table(summary), verdict=verdict(found))]
     parts += [section(one, arguments.results / one.stem) for one in SETS]
     (PAGES / "retrieval.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
