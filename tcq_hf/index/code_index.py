@@ -1,29 +1,26 @@
 """CodeIndex: codes of learned codebooks in, exact scores out. FAISS and NumPy only."""
 
-from collections.abc import Iterator
+import operator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 
 from .locks import SharedLock
-
-try:
-    import faiss
-except (ImportError, RuntimeError) as error:  # faiss-gpu without its CUDA libraries raises RuntimeError
-    raise ImportError(
-        "tcq_hf needs FAISS to index and search: pip install 'tcq_hf[cpu]' (faiss-cpu) or 'tcq_hf[gpu]' (faiss-gpu)"
-    ) from error
+from .row_ids import check_ids
+from .stored_codes import faiss, listed_codes, pack_codes, packed_codes, unpack_codes
 
 _BLOCK_ROWS = 1 << 20
 
 
 class LearnedIndex:
-    """What the exact and the fast index have in common: codebooks that stay, checked input, one lock.
+    """What all modes have in common: codebooks that stay, rows numbered by their place, checked input, one lock.
 
     Many threads may search while one changes the rows: a search sees all of a change or nothing of it.
     """
 
     ntotal: int
+    d: int
 
     @property
     def _lock(self) -> SharedLock:
@@ -36,6 +33,41 @@ class LearnedIndex:
     def train(self, x: Any, *args: Any, **kwargs: Any) -> None:
         """Always raises: training would overwrite the learned codebooks."""
         raise RuntimeError("this index holds learned codebooks; train() would overwrite them (leave train_size unset)")
+
+    def add_with_ids(self, x: Any, ids: Any) -> None:
+        """Always raises: rows are numbered by their place."""
+        raise RuntimeError("rows are numbered by their place and take no ids; use add(embeddings) or add_codes(codes)")
+
+    def add_sa_codes(self, codes: np.ndarray, ids: None = None) -> None:
+        """Append rows as FAISS stores them, uint8 `[n, sa_code_size()]`; `ids` are refused as by `add_with_ids`."""
+        if ids is not None:
+            self.add_with_ids(codes, ids)
+        self._refuse_if_mapped()
+        with self._lock.write():
+            super().add_sa_codes(codes)
+
+    def search(self, x: np.ndarray, k: int, **kwargs: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Scores float32 `[Q, k]`, larger is closer, and row ids int64 `[Q, k]` of the k best rows of each query."""
+        return self._find("search", x, k, kwargs)
+
+    def search_and_reconstruct(self, x: np.ndarray, k: int, **kwargs: Any) -> tuple[np.ndarray, ...]:
+        """Scores and row ids of `search`, and the stored codewords of these rows, float32 `[Q, k, D]`."""
+        return self._find("search_and_reconstruct", x, k, kwargs)
+
+    def assign(self, x: np.ndarray, k: int) -> np.ndarray:
+        """The row ids of `search` alone."""
+        return self.search(x, k)[1]
+
+    def remove_ids(self, x: Any) -> int:
+        """Remove rows by number, integers `[n]` or a FAISS selector; those behind move up. Gives how many went.
+
+        Raises:
+            TypeError: If the numbers are not integers; a mask goes through `np.flatnonzero`.
+            ValueError: If there is no such row, or the index is memory-mapped.
+        """
+        self._refuse_if_mapped()
+        with self._lock.write():
+            return self._remove(x if isinstance(x, faiss.IDSelector) else check_rows(x, self.ntotal))
 
     def merge_from(self, other: "LearnedIndex", add_id: int = 0) -> None:
         """Move all rows of another index of the same codebooks behind the rows of this one.
@@ -58,11 +90,28 @@ class LearnedIndex:
     def _refuse_if_mapped(self) -> None:
         """Raise ValueError if the rows cannot be changed."""
 
-    def _check_k(self, k: int) -> None:
+    def _find(self, method: str, x: np.ndarray, k: int, kwargs: dict[str, Any]) -> Any:
+        x = check_vectors(x, self.d, "queries")
+        with self._lock.read():
+            return self._look(method, x, self._check_k(k), **kwargs)
+
+    def _look(self, method: str, x: np.ndarray, k: int, **kwargs: Any) -> Any:
+        """Arrays `[Q, k, ...]` that FAISS's method of this name gives, asked as the mode needs."""
+        return getattr(super(), method)(x, k, **kwargs)
+
+    def _remove(self, x: Any) -> int:
+        return super().remove_ids(x)
+
+    def _check_k(self, k: Any) -> int:
+        try:
+            k = operator.index(k)
+        except TypeError:
+            raise TypeError(f"k must be an integer, got {k!r}") from None
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
         if k > self.ntotal:
             raise ValueError(f"k={k} is larger than the index, which holds {self.ntotal} rows")
+        return k
 
 
 class CodeIndex(LearnedIndex, faiss.IndexPQ):
@@ -102,24 +151,11 @@ class CodeIndex(LearnedIndex, faiss.IndexPQ):
         with self._lock.write():
             self._append(codes)
 
-    def search(self, x: np.ndarray, k: int, **kwargs: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Scores float32 `[Q, k]`, larger is closer, and row ids int64 `[Q, k]` of the k best rows of each query."""
-        x = check_vectors(x, self.d, "queries")
-        with self._lock.read():
-            self._check_k(k)
-            return super().search(x, k, **kwargs)
-
     def range_search(self, x: np.ndarray, thresh: float, **kwargs: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Limits int64 `[Q + 1]`, scores and ids of all rows that score above `thresh`."""
         x = check_vectors(x, self.d, "queries")
         with self._lock.read():
             return super().range_search(x, thresh, **kwargs)
-
-    def remove_ids(self, x: Any) -> int:
-        """Remove rows by number, int64 `[n]` or a FAISS selector; those behind move up. Gives how many went."""
-        self._refuse_if_mapped()
-        with self._lock.write():
-            return super().remove_ids(x)
 
     def reset(self) -> None:
         """Remove all rows."""
@@ -131,6 +167,10 @@ class CodeIndex(LearnedIndex, faiss.IndexPQ):
         """Codes of the rows `[start:stop:step]` as uint8 `[n, M]`, a copy."""
         with self._lock.read():
             return unpack_codes(packed_codes(self)[start:stop:step], self.pq.M, self.pq.nbits)
+
+    def check(self, path: Any) -> None:
+        """Raise ValueError, naming `path`, if what was read from there searches otherwise than by the codewords."""
+        check_search_type(self, path)
 
     def _append(self, codes: np.ndarray) -> None:
         # A vector that grows step by step holds up to three times its bytes; this one is made large enough at once.
@@ -159,62 +199,22 @@ def codebooks_of(index: faiss.IndexPQ | faiss.IndexRefine | faiss.IndexIVFPQ) ->
 def select_rows(index: faiss.IndexPQ | faiss.IndexRefine | faiss.IndexIVFPQ, rows: np.ndarray) -> CodeIndex:
     """An exact index of some rows, int64 `[n]`, of an index: what a filter leaves to be searched."""
     member = faiss.downcast_index(index.refine_index) if isinstance(index, faiss.IndexRefine) else index
-    stored = listed_codes(member) if isinstance(member, faiss.IndexIVFPQ) else packed_codes(member)
     chosen = CodeIndex.of(codebooks_of(index))
-    chosen.add_sa_codes(np.ascontiguousarray(stored[rows]))
+    with held(index):
+        stored = listed_codes(member) if isinstance(member, faiss.IndexIVFPQ) else packed_codes(member)
+        chosen.add_sa_codes(np.ascontiguousarray(stored[rows]))
     return chosen
 
 
-def packed_codes(index: faiss.IndexPQ) -> np.ndarray:
-    """The stored bytes of an index, uint8 `[ntotal, code_size]`: a view that the next change of the index ends."""
-    if not index.ntotal:
-        return np.empty((0, index.code_size), np.uint8)
-    return faiss.rev_swig_ptr(index.codes.data(), index.codes.size()).reshape(index.ntotal, index.code_size)
+def held(index: Any) -> AbstractContextManager[None]:
+    """Keep an index as it is while it is read; one that FAISS made has no lock."""
+    return index._lock.read() if isinstance(index, LearnedIndex) else nullcontext()
 
 
-def listed_codes(index: faiss.IndexIVFPQ) -> np.ndarray:
-    """The stored bytes of an inverted index by the number of the row, uint8 `[ntotal, code_size]`.
-
-    Raises:
-        ValueError: If the rows are not numbered from 0 on.
-    """
-    stored, seen = np.empty((index.ntotal, index.code_size), np.uint8), np.zeros(index.ntotal, bool)
-    for ids, codes in row_lists(index):
-        if ids.min() < 0 or ids.max() >= index.ntotal:
-            break
-        stored[ids], seen[ids] = codes, True
-    if not seen.all():
-        raise ValueError("the rows of the index are not numbered by their place")
-    return stored
-
-
-def row_lists(index: faiss.IndexIVFPQ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Ids int64 `[n]` and codes uint8 `[n, code_size]` of each list that has rows, as views."""
-    lists = index.invlists
-    for number in range(index.nlist):
-        size = lists.list_size(number)
-        if size:
-            codes = faiss.rev_swig_ptr(lists.get_codes(number), size * index.code_size)
-            yield faiss.rev_swig_ptr(lists.get_ids(number), size), codes.reshape(size, -1)
-
-
-def pack_codes(codes: np.ndarray, num_bits: int) -> np.ndarray:
-    """Codes `[n, M]` as FAISS stores them: a little-endian string of bits a row, uint8 `[n, ceil(M num_bits / 8)]`."""
-    if num_bits == 8:
-        return np.ascontiguousarray(codes, dtype=np.uint8)
-    if num_bits == 4 and codes.shape[1] % 2 == 0:  # as pack_bitstrings does, many times faster
-        low, high = codes[:, 0::2].astype(np.uint8), codes[:, 1::2].astype(np.uint8)
-        return np.ascontiguousarray(low | high << 4)
-    return faiss.pack_bitstrings(np.ascontiguousarray(codes, dtype=np.int32), num_bits)
-
-
-def unpack_codes(packed: np.ndarray, num_codebooks: int, num_bits: int) -> np.ndarray:
-    """Codes uint8 `[n, M]`, a copy, from what `pack_codes` gives."""
-    if num_bits == 8:
-        return packed.copy()
-    if num_bits == 4 and num_codebooks % 2 == 0:
-        return np.stack([packed & 15, packed >> 4], axis=2).reshape(len(packed), num_codebooks)
-    return faiss.unpack_bitstrings(np.ascontiguousarray(packed), num_codebooks, num_bits).astype(np.uint8)
+def check_search_type(index: faiss.IndexPQ, path: Any) -> None:
+    """Raise ValueError, naming `path`, unless an index compares queries with codewords: FAISS has Hamming codes too."""
+    if index.search_type != faiss.IndexPQ.ST_PQ:
+        raise ValueError(f"{path} holds an IndexPQ of search_type {index.search_type}; expected 0, ST_PQ")
 
 
 def check_codebooks(codebooks: Any) -> np.ndarray:
@@ -256,6 +256,19 @@ def check_codes(codes: Any, num_codebooks: int, codebook_size: int) -> np.ndarra
             row, book = np.argwhere((codes < 0) | (codes >= codebook_size))[0]
             raise ValueError(f"codes must be below codebook_size={codebook_size}, got {codes[row, book]} in row {row}")
     return codes
+
+
+def check_rows(rows: Any, count: int) -> np.ndarray:
+    """Numbers of rows as int64 `[n]`.
+
+    Raises:
+        TypeError: If they are not integers.
+        ValueError: If one is not from 0 to `count` - 1.
+    """
+    rows = check_ids(rows)
+    if len(rows) and rows.max() >= count:
+        raise ValueError(f"there is no row {rows.max()} in the index, which holds {count} rows")
+    return rows
 
 
 def check_vectors(vectors: Any, width: int, name: str) -> np.ndarray:

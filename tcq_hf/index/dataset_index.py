@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from .code_index import faiss, select_rows
-from .faiss_index import Mode, build_index, check_index_belongs
+from .faiss_index import Mode, build_index, check_index_belongs, members_of
 from .query_embedding import is_embedding, query_embedding
 
 if TYPE_CHECKING:
@@ -86,11 +86,10 @@ def attach_index(dataset: Dataset, index: Any, name: str) -> Dataset:
 
 def _device_of(index: Any) -> int | list[int] | None:
     """Number of the GPU, or of several, that an index lies on; None for the CPU."""
-    if isinstance(index, faiss.IndexShards):
-        members = [_device_of(faiss.downcast_index(index.at(number))) for number in range(index.count())]
-        return None if None in members else members
-    inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
-    return inner.getDevice() if hasattr(inner, "getDevice") else None
+    devices = [member.getDevice() if hasattr(member, "getDevice") else None for member in members_of(index)]
+    if None in devices or not devices:
+        return None
+    return devices if len(devices) > 1 else devices[0]
 
 
 def search(
@@ -239,7 +238,7 @@ def matching_rows(dataset: Dataset, filters: Mapping[str, Any]) -> np.ndarray:
         stored = dataset.select_columns([column]).with_format("arrow")[:].column(0)
         try:
             fits = pc.is_in(stored, value_set=pa.array(values).cast(stored.type))
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
+        except (OverflowError, pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
             raise ValueError(f"column {column!r} holds {stored.type} and cannot be filtered by {wanted!r}") from error
         matches &= fits.to_numpy()
     return np.flatnonzero(matches)

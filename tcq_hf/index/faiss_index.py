@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+from tqdm.auto import tqdm
 
-from .code_index import CodeIndex, check_codebooks, codebooks_of, faiss
+from .code_index import CodeIndex, check_codebooks, codebooks_of, faiss, held
 from .fast_index import FastIndex
+from .gpu_index import gpu_codebooks
 from .ivf_index import IVFIndex
 from .writing import written_aside
 
@@ -58,26 +60,54 @@ def index_codebooks(index: Any) -> np.ndarray | None:
     return codebooks_of(index) if hasattr(index, "pq") else None
 
 
+def members_of(index: Any) -> list[Any]:
+    """The indexes inside one that hold its rows: each of its shards or replicas, the one behind transforms, or itself.
+
+    They live as long as it does.
+    """
+    if isinstance(index, faiss.IndexPreTransform):
+        return members_of(faiss.downcast_index(index.index))
+    if isinstance(index, (faiss.IndexReplicas, faiss.IndexShards)):
+        each = [members_of(faiss.downcast_index(index.at(number))) for number in range(index.count())]
+        return [member for members in each for member in members]
+    return [index]
+
+
 def check_index_belongs(index: Any, codebooks: Any) -> None:
-    """Raise ValueError unless an index holds these codebooks; one on a GPU hides its own and is taken on trust."""
-    expected, found = check_codebooks(codebooks), index_codebooks(index)
-    if found is None and (hasattr(index, "getDevice") or isinstance(index, (faiss.IndexReplicas, faiss.IndexShards))):
-        return
-    metric = getattr(index, "metric_type", faiss.METRIC_INNER_PRODUCT)
+    """Raise ValueError unless an index holds these codebooks, in each of its shards and behind its transforms.
+
+    Those in the form of `zero_coarse_index` count too. An index on a GPU hides its own and is taken on trust.
+    """
+    expected = check_codebooks(codebooks)
+    for member in members_of(index):
+        if not hasattr(member, "getDevice"):
+            _check_member(member, expected)
+
+
+def _check_member(index: Any, expected: np.ndarray) -> None:
+    found, metric = index_codebooks(index), getattr(index, "metric_type", faiss.METRIC_INNER_PRODUCT)
     if found is None or metric != faiss.METRIC_INNER_PRODUCT:
         raise ValueError(f"the index is a {type(index).__name__} without the model's codebooks; use build_index(model)")
+    if _alike(found, expected):
+        return
+    if isinstance(index, faiss.IndexIVFPQ) and index.by_residual and _alike(found, gpu_codebooks(expected)):
+        return
+    raise ValueError(
+        f"the index belongs to another model: its codebooks {list(found.shape)} differ from the model's "
+        f"{list(expected.shape)}; build the index from this model's codes"
+    )
+
+
+def _alike(found: np.ndarray, expected: np.ndarray) -> bool:
     # Processors normalise codewords with other last bits.
-    if found.shape != expected.shape or not np.abs(found - expected).max() <= 1e-5:
-        raise ValueError(
-            f"the index belongs to another model: its codebooks {list(found.shape)} differ from the model's "
-            f"{list(expected.shape)}; build the index from this model's codes"
-        )
+    return found.shape == expected.shape and bool(np.abs(found - expected).max() <= 1e-5)
 
 
 def save_index(index: faiss.Index, path: str | os.PathLike, model_id: str | None = None) -> None:
     """Write an index as plain FAISS, readable from any language, and its recipe beside it as `<path>.json`.
 
-    Both files are written aside and renamed, so that a failure leaves earlier files as they were.
+    Both files are written aside and renamed, so that a failure leaves earlier files as they were. Searches go on; a
+    change of the rows waits until the file is whole.
 
     Args:
         index: An index from `build_index`.
@@ -100,13 +130,13 @@ def save_index(index: faiss.Index, path: str | os.PathLike, model_id: str | None
         "embedding_dim": index.d,
         "num_codebooks": codebooks.shape[0],
         "codebook_size": codebooks.shape[1],
-        "count": index.ntotal,
         "codebooks_sha256": _digest(codebooks),
         "faiss": faiss.__version__,
     }
     # Both files are whole before either takes its place.
     with written_aside(path) as aside, written_aside(_recipe_path(path)) as recipe_aside:
-        write_faiss(index, aside)
+        with held(index):
+            recipe |= {"count": index.ntotal, "file_sha256": write_faiss(index, aside)}
         recipe["file_bytes"] = aside.stat().st_size
         recipe_aside.write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
 
@@ -115,10 +145,10 @@ def load_index(path: str | os.PathLike, codebooks: Any = None, mmap: bool = Fals
     """Read an index from `save_index`, or any FAISS `IndexPQ` file of unit-norm codebooks.
 
     Args:
-        path: File to read; `<path>.json`, where it exists, is held against it.
+        path: File to read; `<path>.json`, where it exists, is held against it, with its size and sum.
         codebooks: Codebooks `[M, K, d]` or a model that the index must belong to; None skips that check.
         mmap: Map the codes of an exact index instead of reading them: it opens at once, shares its memory with other
-            processes, and is read-only.
+            processes, and is read-only. The sum of the file is not taken.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -132,6 +162,9 @@ def load_index(path: str | os.PathLike, codebooks: Any = None, mmap: bool = Fals
             f"index file {path} has {path.stat().st_size} bytes, its recipe says {recipe['file_bytes']}: it is "
             "truncated or was replaced"
         )
+    mismatch = f"index file {path} does not match its recipe {_recipe_path(path)}: one of them was replaced"
+    if recipe is not None and not mmap and file_sum(path) != recipe["file_sha256"]:
+        raise ValueError(mismatch)
     try:
         index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mmap else 0)
     except RuntimeError as error:
@@ -145,7 +178,7 @@ def load_index(path: str | os.PathLike, codebooks: Any = None, mmap: bool = Fals
     index.check(path)
     found = check_codebooks(index_codebooks(index))
     if recipe is not None and (recipe["count"], recipe["codebooks_sha256"]) != (index.ntotal, _digest(found)):
-        raise ValueError(f"index file {path} does not match its recipe {_recipe_path(path)}: one of them was replaced")
+        raise ValueError(mismatch)
     if codebooks is not None:
         check_index_belongs(index, codebooks)
     return index
@@ -160,18 +193,20 @@ def read_recipe(path: str | os.PathLike) -> dict[str, Any] | None:
         return None
     try:
         recipe = json.loads(file.read_text(encoding="utf-8"))
-        return {name: recipe[name] for name in ("file_bytes", "count", "codebooks_sha256")} | recipe
+        return {name: recipe[name] for name in ("file_bytes", "file_sha256", "count", "codebooks_sha256")} | recipe
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"the recipe {file} is damaged; delete it to read the index without its checks") from error
 
 
-def write_faiss(index: faiss.Index, path: Path) -> None:
-    """Write an index as FAISS does, but raise OSError if anything of it fails."""
+def write_faiss(index: faiss.Index, path: Path) -> str:
+    """Write an index as FAISS does, but raise OSError if anything of it fails; gives what `file_sum` would."""
+    digest = hashlib.sha256()
     # Through a file of Python: FAISS's own ignores what fails at closing, as on a full disk.
     with path.open("wb") as file:
         failed: list[OSError] = []
 
         def write(data: bytes) -> None:
+            digest.update(data)
             try:
                 file.write(data)
             except OSError as error:
@@ -180,6 +215,17 @@ def write_faiss(index: faiss.Index, path: Path) -> None:
         faiss.write_index(index, faiss.PyCallbackIOWriter(write))
         if failed:
             raise failed[0]
+    return digest.hexdigest()
+
+
+def file_sum(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    digest, size = hashlib.sha256(), path.stat().st_size
+    with path.open("rb") as file, tqdm(total=size, unit="B", unit_scale=True, desc=path.name, delay=2) as bar:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            bar.update(len(block))
+    return digest.hexdigest()
 
 
 def _recipe_path(path: Path) -> Path:

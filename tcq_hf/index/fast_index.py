@@ -7,18 +7,10 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from .code_index import (
-    CodeIndex,
-    LearnedIndex,
-    check_codes,
-    check_vectors,
-    codebooks_of,
-    faiss,
-    packed_codes,
-    unpack_codes,
-)
+from .code_index import CodeIndex, LearnedIndex, check_codes, check_search_type, check_vectors, codebooks_of
 from .sample_queries import noisy_rows
 from .shadow import Shadow, make_shadow, restore_shadow
+from .stored_codes import faiss, packed_codes, unpack_codes
 
 # Rows that FAISS packs together, and rows that are packed in one go.
 _GROUP, _BLOCK_ROWS = 32, 1 << 20
@@ -56,12 +48,15 @@ class FastIndex(LearnedIndex, faiss.IndexRefine):
         """The member with the learned codebooks; rows are changed through the index that holds it."""
         member = faiss.downcast_index(self.refine_index)
         member.__class__ = CodeIndex
+        member.referenced_objects = [self]  # which frees it
         return member
 
     @property
     def scan(self) -> faiss.IndexPQFastScan:
         """The member of 4-bit codes."""
-        return scan_of(self.base_index)
+        member = scan_of(self.base_index)
+        member.referenced_objects = [self]
+        return member
 
     def add(self, x: np.ndarray) -> None:
         """Encode float embeddings `[n, D]` with the learned codebooks and store their codes."""
@@ -81,27 +76,10 @@ class FastIndex(LearnedIndex, faiss.IndexRefine):
             else:
                 self._fill(before)
 
-    def search(self, x: np.ndarray, k: int, **kwargs: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Scores float32 `[Q, k]`, larger is closer, and row ids int64 `[Q, k]` of the best rows found."""
-        x = check_vectors(x, self.d, "queries")
-        with self._lock.read():
-            self._check_k(k)
-            depth = self.k_factor * max(1, _RANK / k)
-            if depth * k >= self.ntotal and not kwargs:
-                return self.exact.search(x, k)
-            return super().search(x, k, **({"params": faiss.IndexRefineSearchParameters(k_factor=depth)} | kwargs))
-
     def range_search(self, x: np.ndarray, thresh: float, **kwargs: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Limits int64 `[Q + 1]`, scores and ids of all rows that score above `thresh`, from the exact member."""
         with self._lock.read():
             return self.exact.range_search(x, thresh, **kwargs)
-
-    def remove_ids(self, x: Any) -> int:
-        """Remove rows by number, int64 `[n]` or a FAISS selector; those behind move up. Gives how many went."""
-        with self._lock.write():
-            removed = self.exact.remove_ids(x)
-            self._rebuild()
-        return removed
 
     def reset(self) -> None:
         """Remove all rows."""
@@ -130,11 +108,27 @@ class FastIndex(LearnedIndex, faiss.IndexRefine):
         exact, base = faiss.downcast_index(self.refine_index), faiss.downcast_index(self.base_index)
         if type(exact) is not faiss.IndexPQ or type(scan_of(base)) is not faiss.IndexPQFastScan:
             raise ValueError(f"{path} holds an IndexRefine of other members than a fast index has")
+        check_search_type(exact, path)
         expected = _empty_scan(codebooks_of(self))
         alike = type(base) is type(expected) and {exact.ntotal, base.ntotal, scan_of(base).ntotal} == {self.ntotal}
         if not alike or not _same_layout(base, expected) or not self._scans_its_rows():
             raise ValueError(f"the two members of the fast index {path} do not belong together: build it again")
         self.scan.implem = _fastest_implementation(self.scan.M)
+
+    def _look(self, method: str, x: np.ndarray, k: int, **kwargs: Any) -> Any:
+        if getattr(kwargs.get("params"), "sel", None) is not None:
+            raise ValueError(
+                "a fast index does not take the selector in params; tcq_hf.search(filters=...) does, or an ivf index"
+            )
+        depth = self.k_factor * max(1, _RANK / k)
+        if depth * k >= self.ntotal and not kwargs:
+            return self.exact._look(method, x, k)
+        return super()._look(method, x, k, **({"params": faiss.IndexRefineSearchParameters(k_factor=depth)} | kwargs))
+
+    def _remove(self, x: Any) -> int:
+        removed = self.exact.remove_ids(x)
+        self._rebuild()
+        return removed
 
     def _scans_its_rows(self) -> bool:
         """Whether the scan has the words of the exact codes, on up to 64 groups of rows."""

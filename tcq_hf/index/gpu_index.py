@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from .code_index import CodeIndex, check_codebooks, codebooks_of, faiss, listed_codes, unpack_codes
+from .code_index import CodeIndex, check_codebooks, codebooks_of
 from .fast_index import FastIndex
+from .stored_codes import behind_lists, faiss, listed_codes, unpack_codes
 
 # Sub-quantizer counts for which faiss-gpu has a kernel whose float32 tables fit into shared memory.
 _GPU_NUM_CODEBOOKS = (1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48)
@@ -21,7 +22,7 @@ _GPU_BLOCKS = 128
 _BLOCK_ROWS = 1 << 20
 
 
-def zero_coarse_index(index: CodeIndex | FastIndex, num_lists: int = 128) -> faiss.Index:
+def zero_coarse_index(index: CodeIndex | FastIndex, num_lists: int = 128, num_shards: int = 1) -> faiss.Index:
     """The same codes as an IVFPQ index with equal zero centroids, all of them probed: the form that a GPU takes.
 
     The residual to a zero centroid is the vector itself, so scores are those of the flat index. Rows are dealt round
@@ -31,6 +32,7 @@ def zero_coarse_index(index: CodeIndex | FastIndex, num_lists: int = 128) -> fai
     Args:
         index: An index from `build_index`.
         num_lists: Lists L, from 1 to 2048.
+        num_shards: Into how many parts FAISS will split it; each then has rows in all lists.
 
     Raises:
         ValueError: If there are more codebooks than any GPU takes, or `num_lists` is out of its range.
@@ -50,8 +52,8 @@ def zero_coarse_index(index: CodeIndex | FastIndex, num_lists: int = 128) -> fai
     for start in tqdm(range(0, exact.ntotal, _BLOCK_ROWS), desc="Rows into lists", delay=2):
         codes = gpu_codes(exact.codes_array(start, start + _BLOCK_ROWS), exact.pq.nbits, count)
         rows = np.arange(start, start + len(codes), dtype=np.int64)
-        lists = (rows % num_lists).astype("<u8").view(np.uint8).reshape(-1, 8)[:, : inverted.coarse_code_size()]
-        inverted.add_sa_codes(np.ascontiguousarray(np.hstack([lists, codes])), rows)
+        # FAISS splits by row % num_shards.
+        inverted.add_sa_codes(behind_lists(inverted, rows // num_shards % num_lists, codes), rows)
     if inverted.d == exact.d:
         return inverted
     filled = faiss.RemapDimensionsTransform(exact.d, inverted.d, False)
@@ -139,7 +141,10 @@ def to_gpu(
         ValueError: If an argument is out of its range or there are too many codebooks.
     """
     devices = [device] if isinstance(device, int) else list(device)
-    num_lists = lists_for(index.ntotal, queries) if num_lists is None else _check_lists(num_lists)
+    if not devices:
+        raise ValueError("device must name a GPU or several, got none")
+    rows = index.ntotal // len(devices)  # of each GPU
+    num_lists = lists_for(rows, queries) if num_lists is None else _check_lists(num_lists)
     gpu_codebooks(codebooks_of(_exact(index)))  # refuses what no GPU takes
     _need_gpu_faiss()
     for number in devices:
@@ -147,7 +152,7 @@ def to_gpu(
             raise RuntimeError(f"device={number}, but FAISS sees {faiss.get_num_gpus()} GPUs")
     options = faiss.GpuMultipleClonerOptions()
     options.indicesOptions = faiss.INDICES_32_BIT if index.ntotal < 1 << 31 else faiss.INDICES_64_BIT
-    moved = zero_coarse_index(index, num_lists)
+    moved = zero_coarse_index(index, num_lists, len(devices))
     if len(devices) == 1:
         return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), devices[0], moved, options)
     options.shard = True

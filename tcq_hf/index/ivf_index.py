@@ -6,19 +6,9 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from .code_index import (
-    CodeIndex,
-    LearnedIndex,
-    check_codes,
-    check_vectors,
-    codebooks_of,
-    faiss,
-    listed_codes,
-    pack_codes,
-    row_lists,
-    unpack_codes,
-)
+from .code_index import CodeIndex, LearnedIndex, check_codes, check_vectors, codebooks_of
 from .sample_queries import noisy_rows
+from .stored_codes import behind_lists, faiss, listed_codes, pack_codes, row_lists, unpack_codes
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +23,9 @@ class IVFIndex(LearnedIndex, faiss.IndexIVFPQ):
     """Rows in lists around k-means centres of what their codes restore; a query looks into the nearest of them.
 
     The codes are the model's own, not those of residuals, so that scores are those of `CodeIndex`. How many lists are
-    looked into is measured on the rows when the index is built; set `nprobe` for more or less. Eight bytes a row more
-    than the codes. `faiss.write_index` stores a plain `IndexIVFPQ`.
+    looked into is measured on the rows when the index is built; set `nprobe` for more or less; queries whose lists hold
+    fewer than k rows look into more. Eight bytes a row more than the codes. `faiss.write_index` stores a plain
+    `IndexIVFPQ`.
     """
 
     @classmethod
@@ -77,45 +68,12 @@ class IVFIndex(LearnedIndex, faiss.IndexIVFPQ):
         with self._lock.write():
             self._file(added)
 
-    def search(self, x: np.ndarray, k: int, **kwargs: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Scores float32 `[Q, k]`, larger is closer, and row ids int64 `[Q, k]` of the best rows found.
-
-        Queries whose lists hold fewer than k rows look into more of them.
-        """
-        x = check_vectors(x, self.d, "queries")
-        with self._lock.read():
-            self._check_k(k)
-            if kwargs:
-                return super().search(x, k, **kwargs)
-            scores, rows = super().search(x, k)
-            probes, short = self.nprobe, np.flatnonzero(rows[:, -1] < 0)
-            while len(short):
-                probes = min(2 * probes, self.nlist)
-                wider = faiss.SearchParametersIVF(nprobe=probes)
-                scores[short], rows[short] = super().search(x[short], k, params=wider)
-                short = short[rows[short, -1] < 0]
-            return scores, rows
-
     def range_search(self, x: np.ndarray, thresh: float, **kwargs: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Limits int64 `[Q + 1]`, scores and ids of all rows that score above `thresh`, from all lists."""
         x = check_vectors(x, self.d, "queries")
         with self._lock.read():
             every = faiss.SearchParametersIVF(nprobe=self.nlist)
             return super().range_search(x, thresh, **({"params": every} | kwargs))
-
-    def remove_ids(self, x: Any) -> int:
-        """Remove rows by number, int64 `[n]` or a FAISS selector; those behind move up. Gives how many went."""
-        with self._lock.write():
-            self.make_direct_map(False)
-            before = self.ntotal
-            removed = super().remove_ids(x)
-            kept = np.zeros(before, np.int64)
-            for ids, _ in row_lists(self):
-                kept[ids] = 1
-            places = np.cumsum(kept) - 1
-            for ids, _ in row_lists(self):
-                ids[:] = places[ids]
-            return removed
 
     def reset(self) -> None:
         """Remove all rows; the centres stay."""
@@ -140,18 +98,40 @@ class IVFIndex(LearnedIndex, faiss.IndexIVFPQ):
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
+    def _look(self, method: str, x: np.ndarray, k: int, **kwargs: Any) -> Any:
+        found, probes = super()._look(method, x, k, **kwargs), self.nprobe
+        short = np.flatnonzero(found[1][:, -1] < 0)
+        # Scores that are not finite are never found, not even in all lists.
+        while len(short) and not kwargs and probes < self.nlist:
+            probes = min(2 * probes, self.nlist)
+            wider = super()._look(method, x[short], k, params=faiss.SearchParametersIVF(nprobe=probes))
+            for values, more in zip(found, wider, strict=True):
+                values[short] = more
+            short = short[wider[1][:, -1] < 0]
+        return found
+
+    def _remove(self, x: Any) -> int:
+        self.make_direct_map(False)
+        before = self.ntotal
+        removed = super()._remove(x)
+        kept = np.zeros(before, np.int64)
+        for ids, _ in row_lists(self):
+            kept[ids] = 1
+        places = np.cumsum(kept) - 1
+        for ids, _ in row_lists(self):
+            ids[:] = places[ids]
+        return removed
+
     def _file(self, exact: CodeIndex) -> None:
         """Append the rows of an exact index, each to the list of its nearest centre."""
         # FAISS changes no rows while it keeps a map of their places, which `reconstruct` of one row asks for.
         self.make_direct_map(False)
-        start, quantizer = self.ntotal, faiss.downcast_index(self.quantizer)
+        quantizer = faiss.downcast_index(self.quantizer)
         for first in tqdm(range(0, exact.ntotal, _BLOCK_ROWS), desc="Rows into lists", delay=2):
             count = min(_BLOCK_ROWS, exact.ntotal - first)
             _, near = quantizer.search(exact.reconstruct_n(first, count), 1)
-            lists = near.astype("<u8").view(np.uint8).reshape(count, 8)[:, : self.coarse_code_size()]
             codes = pack_codes(exact.codes_array(first, first + count), self.pq.nbits)
-            ids = np.arange(start + first, start + first + count, dtype=np.int64)
-            self.add_sa_codes(np.ascontiguousarray(np.hstack([lists, codes])), ids)
+            faiss.IndexIVFPQ.add_sa_codes(self, behind_lists(self, near, codes))
 
     def _measure(self, exact: CodeIndex) -> None:
         """Set `nprobe`, and say what share of the best rows it finds."""
@@ -177,10 +157,10 @@ def _centres(exact: CodeIndex, num_lists: int) -> faiss.IndexFlat:
     step = max(1, exact.ntotal // (_ROWS_PER_LIST * num_lists))
     sample = CodeIndex.of(codebooks_of(exact))
     sample.add_codes(exact.codes_array(step=step))
-    means = faiss.Kmeans(
-        exact.d, num_lists, niter=_ROUNDS, seed=0, spherical=True, min_points_per_centroid=1, gpu=False
-    )
-    means.train(sample.reconstruct_n(0, sample.ntotal))
+    rows = sample.reconstruct_n(0, sample.ntotal)
+    means = faiss.Kmeans(exact.d, num_lists, niter=1, seed=0, spherical=True, min_points_per_centroid=1, gpu=False)
+    for _ in tqdm(range(_ROUNDS), desc="Centres of lists", delay=2):
+        means.train(rows, init_centroids=means.centroids)
     centres = faiss.IndexFlatIP(exact.d)
     centres.add(means.centroids)
     return centres

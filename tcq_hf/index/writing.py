@@ -1,7 +1,7 @@
 """Files that are replaced only when their successor is whole."""
 
-import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,12 +15,12 @@ def written_aside(path: Path) -> Iterator[Path]:
         OSError: If a write fails, naming `path`; what was there before is kept.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    aside = Path(name)
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    aside.touch(exist_ok=False)
+    rights = stat.S_IMODE(aside.stat().st_mode)  # those of any new file; safetensors gives its own
     try:
         yield aside
-        aside.chmod(0o666 & ~_umask())
+        aside.chmod(rights)
         aside.replace(path)
     except OSError as error:
         if error.errno is None or error.filename is not None:
@@ -28,9 +28,3 @@ def written_aside(path: Path) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(path)) from error  # a failed write does not name its file
     finally:
         aside.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

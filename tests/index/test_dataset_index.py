@@ -434,6 +434,7 @@ def test_what_datasets_read_back_is_filtered_too(labelled, model, tmp_path):
         ({"colour": "red"}, "no column 'colour' to filter by; its columns are"),
         ({"label": "cow"}, "no class 'cow'; its classes are cat, dog, fox"),
         ({"size": "large"}, "'size' holds int64 and cannot be filtered by 'large'"),
+        ({"size": 10**30}, "'size' holds int64 and cannot be filtered by 1000"),
         ({"image": "x"}, "'image' holds .* and cannot be filtered"),
         ({"label": "cat", "tone": "grey"}, "k=3, but only 0 rows fit the filter"),
         ({"size": [1, 2]}, "k=3, but only 2 rows fit the filter"),

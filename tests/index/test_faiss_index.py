@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from datasets import Dataset, Features, List, Value
 from tcq_hf import TCQConfig, TCQModel, add_code_index, build_index, load_index, save_index
 from tcq_hf.index.faiss_index import check_index_belongs, index_codebooks, read_recipe
 from tcq_hf.index.gpu_index import zero_coarse_index
+from tcq_hf.index.tensor_files import save_tensors
 from tcq_hf.model.quantization_tcq import ProductQuantizer
 
 # A score sums M inner products of unit vectors in float32: rounding is near M * 2^-24 a term, far below this.
@@ -370,6 +372,54 @@ def test_bad_k_is_refused(filled, queries, k, match):
         filled.search(queries, k)
 
 
+@pytest.mark.parametrize("mode", ["exact", "fast", "ivf"])
+def test_k_may_be_any_integer(filled, codebooks, queries, mode):
+    index = build_index(codebooks, filled.codes_array(), mode)
+    for k in (np.int64(3), np.uint8(3)):
+        np.testing.assert_array_equal(index.search(queries, k)[1], index.search(queries, 3)[1])
+    with pytest.raises(TypeError, match=r"k must be an integer, got 3\.0"):
+        index.search(queries, 3.0)
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast", "ivf"])
+@pytest.mark.parametrize(
+    ("rows", "error", "match"),
+    [
+        (np.arange(200) < 9, TypeError, r"integers \[n\], got bool \[200\]"),
+        ([1.5, 2.5], TypeError, r"integers \[n\], got float64 \[2\]"),
+        ([[1, 2]], TypeError, r"integers \[n\], got int64 \[1, 2\]"),
+        (7, TypeError, r"integers \[n\], got int64 \[\]"),
+        ([-1], ValueError, "at least 0, got -1"),
+        ([3, 200], ValueError, "no row 200 in the index, which holds 200 rows"),
+    ],
+)
+def test_what_are_no_rows_is_not_removed(filled, codebooks, mode, rows, error, match):
+    index = build_index(codebooks, filled.codes_array(), mode)
+    with pytest.raises(error, match=match):
+        index.remove_ids(rows)
+    np.testing.assert_array_equal(index.codes_array(), filled.codes_array())
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast", "ivf"])
+@pytest.mark.parametrize(
+    ("rows", "gone"),
+    [([5, 3, 3], [3, 5]), ((7,), [7]), ([], []), (np.uint8([0, 199]), [0, 199]), (faiss.IDSelectorRange(4, 6), [4, 5])],
+)
+def test_rows_to_remove_may_be_a_list_any_integers_or_a_selector(filled, codebooks, mode, rows, gone):
+    index = build_index(codebooks, filled.codes_array(), mode)
+    assert index.remove_ids(rows) == len(gone)
+    np.testing.assert_array_equal(index.codes_array(), np.delete(filled.codes_array(), gone, axis=0))
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast", "ivf"])
+def test_rows_get_no_ids_of_their_own(filled, codebooks, queries, mode):
+    index = build_index(codebooks, filled.codes_array(), mode)
+    for add, rows in ((index.add_with_ids, queries), (index.add_sa_codes, index.sa_encode(queries))):
+        with pytest.raises(RuntimeError, match="rows are numbered by their place"):
+            add(rows, np.full(7, 10**9))
+    np.testing.assert_array_equal(index.codes_array(), filled.codes_array())
+
+
 def test_an_empty_index_answers_nothing(codebooks, queries):
     with pytest.raises(ValueError, match="holds 0 rows"):
         build_index(codebooks).search(queries, 1)
@@ -497,6 +547,16 @@ def test_an_index_trained_by_faiss_is_refused(tmp_path):
         load_index(tmp_path / "index.faiss")
 
 
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+@pytest.mark.parametrize("kind", ["ST_HE", "ST_generalized_HE", "ST_SDC", "ST_polysemous", "ST_polysemous_generalize"])
+def test_an_index_that_searches_otherwise_is_refused(filled, codebooks, kind, mode, tmp_path):
+    index, search_type = build_index(codebooks, filled.codes_array(), mode), getattr(faiss.IndexPQ, kind)
+    (index if mode == "exact" else index.exact).search_type = search_type
+    faiss.write_index(index, str(tmp_path / "index.faiss"))
+    with pytest.raises(ValueError, match=rf"index\.faiss holds an IndexPQ of search_type {search_type}; expected 0"):
+        load_index(tmp_path / "index.faiss")
+
+
 def test_an_index_of_another_model_is_refused(filled, model, tmp_path):
     save_index(filled, tmp_path / "index.faiss")
     with pytest.raises(ValueError, match="belongs to another model"):
@@ -515,6 +575,16 @@ def test_a_replaced_file_does_not_match_its_recipe(filled, tmp_path):
         load_index(path)
 
 
+def test_files_that_changed_places_do_not_match_their_recipes(filled, codebooks, tmp_path):
+    first, second = tmp_path / "first.faiss", tmp_path / "second.faiss"
+    save_index(filled, first)
+    save_index(build_index(codebooks, random_codes(200, codebooks, seed=8)), second)
+    second.replace(first)
+    with pytest.raises(ValueError, match=r"does not match its recipe .*first\.faiss\.json"):
+        load_index(first)
+    load_index(first, mmap=True)  # would have to read it all
+
+
 @pytest.mark.parametrize("recipe", ["", "{", "{}", "[]"])
 def test_a_damaged_recipe_is_a_value_error_that_names_it(filled, recipe, tmp_path):
     save_index(filled, tmp_path / "index.faiss")
@@ -528,6 +598,15 @@ def test_what_load_index_would_refuse_is_not_saved(kind, codebooks, tmp_path):
     with pytest.raises(TypeError, match=f"only an index from build_index can be saved, got {kind}"):
         save_index(other_kinds(codebooks)[kind], tmp_path / "index.faiss")
     assert not list(tmp_path.iterdir())
+
+
+def test_files_get_the_rights_of_any_new_file_and_the_mask_is_left_alone(filled, tmp_path, monkeypatch):
+    (tmp_path / "plain").touch()
+    # It is that of all threads: who sets it for a moment sets it for the files of others.
+    monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("the mask was set"))
+    save_index(filled, tmp_path / "index.faiss")
+    save_tensors(tmp_path / "tensors.safetensors", "thing", {"ones": np.ones(3)})
+    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1
 
 
 FULL_DISK = """

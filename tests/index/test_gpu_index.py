@@ -8,6 +8,7 @@ from numpy.testing import assert_array_equal
 
 from tcq_hf import build_index, from_gpu, to_gpu
 from tcq_hf.index.dataset_index import attach_index
+from tcq_hf.index.faiss_index import check_index_belongs, members_of
 from tcq_hf.index.gpu_index import flat_index, gpu_codebooks, lists_for, zero_coarse_index
 
 # A score sums M inner products of unit vectors in float32: rounding is near M * 2^-24 a term, far below this.
@@ -88,6 +89,20 @@ def test_rows_are_dealt_evenly_in_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize("num_codebooks", [4, 5])
+@pytest.mark.parametrize("num_shards", [1, 2, 3])
+def test_each_shard_has_rows_in_all_lists(num_codebooks, num_shards):
+    codebooks, index, _ = collection(num_codebooks, 256)
+    moved = zero_coarse_index(index, 16, num_shards)
+    for shard in range(num_shards):
+        empty = zero_coarse_index(build_index(codebooks), 16)
+        (whole,), (part,) = members_of(moved), members_of(empty)
+        whole.copy_subset_to(part, faiss.InvertedLists.SUBSET_TYPE_ID_MOD, num_shards, shard)  # as FAISS deals to GPUs
+        sizes = [part.invlists.list_size(number) for number in range(16)]
+        assert max(sizes) - min(sizes) <= 1
+        assert sum(sizes) == len(range(shard, 500, num_shards))
+
+
+@pytest.mark.parametrize("num_codebooks", [4, 5])
 def test_it_survives_its_source(num_codebooks):
     _, index, queries = collection(num_codebooks, 256)
     expected, moved = by_row(*index.search(queries, 500)), zero_coarse_index(index, 4)
@@ -132,6 +147,8 @@ def test_impossible_arguments_are_refused():
     for lists in (0, 2049):
         with pytest.raises(ValueError, match=f"num_lists must be from 1 to 2048, got {lists}"):
             to_gpu(index, num_lists=lists)
+    with pytest.raises(ValueError, match="device must name a GPU or several, got none"):
+        to_gpu(index, [])
     with pytest.raises(ValueError, match="queries must be at least 1, got 0"):
         to_gpu(index, queries=0)
     with pytest.raises(ValueError, match="takes up to 48 codebooks of 256 words, got 49"):
@@ -146,12 +163,41 @@ def test_without_gpu_faiss_the_extra_is_named():
             call()
 
 
+@pytest.mark.parametrize(("num_codebooks", "codebook_size", "count"), SHAPES)
+def test_its_codebooks_are_recognised(num_codebooks, codebook_size, count):
+    codebooks, index, _ = collection(num_codebooks, codebook_size)
+    moved, other = zero_coarse_index(index, 4), collection(num_codebooks, codebook_size, seed=1)[0]
+    check_index_belongs(moved, codebooks)
+    with pytest.raises(ValueError, match="belongs to another model"):
+        check_index_belongs(moved, other)
+
+
+def within(*indexes):
+    """Indexes as shards behind a transform, as several GPUs hold them, and what must outlive it."""
+    shards, width = faiss.IndexShards(indexes[0].d, False, False), indexes[0].d
+    for index in indexes:
+        shards.add_shard(index)
+    return faiss.IndexPreTransform(faiss.RemapDimensionsTransform(width, width, False), shards), shards
+
+
+def test_the_codebooks_of_each_shard_are_compared():
+    codebooks, index, _ = collection(5, 256)
+    twin, other = build_index(codebooks), collection(5, 256, seed=1)[1]
+    for given in within(index, twin):
+        assert [member.ntotal for member in members_of(given)] == [500, 0]
+        check_index_belongs(given, codebooks)
+    for given in within(index, other):
+        with pytest.raises(ValueError, match="belongs to another model"):
+            check_index_belongs(given, codebooks)
+
+
 def test_an_index_on_the_cpu_is_saved_as_it_is(tmp_path):
     _, index, _ = collection(5, 256)
     moved = zero_coarse_index(index, 4)  # inside an IndexPreTransform
     shards = faiss.IndexShards(index.d, False, False)
     shards.add_shard(build_index(index.codebooks(), index.codes_array()))
-    for name, given in (("flat", index), ("moved", moved), ("shards", shards)):
+    behind, _ = within(build_index(index.codebooks(), index.codes_array()))
+    for name, given in (("flat", index), ("moved", moved), ("shards", shards), ("behind", behind)):
         dataset = attach_index(Dataset.from_dict({"row": range(500)}), given, name)
         assert dataset.get_index(name).device is None
     dataset = attach_index(Dataset.from_dict({"row": range(500)}), moved, "moved")
@@ -160,9 +206,14 @@ def test_an_index_on_the_cpu_is_saved_as_it_is(tmp_path):
 
 
 @pytest.mark.skipif(not GPU, reason="FAISS sees no GPU")
-def test_an_index_on_a_gpu_is_saved_through_datasets(tmp_path):
-    codebooks, index, _ = collection(5, 256)
-    dataset = attach_index(Dataset.from_dict({"row": range(500)}), to_gpu(index), "gpu")
+@pytest.mark.parametrize("device", [0, [0, 0]])
+@pytest.mark.parametrize("num_codebooks", [4, 5])
+def test_an_index_on_a_gpu_is_saved_through_datasets(num_codebooks, device, tmp_path):
+    codebooks, index, _ = collection(num_codebooks, 256)
+    moved = to_gpu(index, device)
+    check_index_belongs(moved, codebooks)
+    dataset = attach_index(Dataset.from_dict({"row": range(500)}), moved, "gpu")
+    assert dataset.get_index("gpu").device == device
     dataset.save_faiss_index("gpu", str(tmp_path / "gpu.faiss"))
     saved = faiss.read_index(str(tmp_path / "gpu.faiss"))
     assert_array_equal(flat_index(saved, codebooks).codes_array(), index.codes_array())

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from clustered_codes import SCORE_TOLERANCE, collection, overlap
 from datasets import Dataset, Features, List, Value
+from tqdm.auto import tqdm
 
 from tcq_hf import add_code_index, build_index, load_index, save_index
+from tcq_hf.index import ivf_index
 from tcq_hf.index.dataset_index import _search_some
 from tcq_hf.index.faiss_index import check_index_belongs, read_recipe
 from tcq_hf.index.gpu_index import zero_coarse_index
@@ -102,6 +104,51 @@ def test_rows_are_restored_and_a_map_of_them_stands_in_no_ones_way(data):
         np.testing.assert_array_equal(ivf.reconstruct(5), exact.reconstruct(5))
         change()
     np.testing.assert_array_equal(ivf.codes_array(), np.concatenate([codes[3:2000], codes[:10]]))
+
+
+def test_rows_whose_scores_are_not_finite_are_not_looked_for_for_ever(monkeypatch):
+    codebooks, asked, parameters = np.abs(collection()[0]), [], faiss.SearchParametersIVF
+    ivf = build_index(codebooks, np.random.default_rng(0).integers(256, size=(500, 8)), mode="ivf")
+    ivf.nprobe = 1
+
+    def noted(nprobe):
+        asked.append(nprobe)
+        assert len(asked) < 20
+        return parameters(nprobe=nprobe)
+
+    monkeypatch.setattr(faiss, "SearchParametersIVF", noted)
+    rows = ivf.search(np.full((1, 32), -3e38, np.float32), 3)[1]
+    np.testing.assert_array_equal(rows, np.full((1, 3), -1))
+    assert asked[-1] == ivf.nlist
+
+
+def test_other_ways_to_search_find_the_same(large):
+    codebooks, codes, queries = large
+    ivf = build_index(codebooks, codes[:1000], mode="ivf")
+    ivf.nprobe = 1
+    scores, rows = ivf.search(queries, 100)  # more than a list holds
+    np.testing.assert_array_equal(ivf.assign(queries, 100), rows)
+    found = ivf.search_and_reconstruct(queries, 100)
+    np.testing.assert_array_equal(found[0], scores)
+    np.testing.assert_array_equal(found[1], rows)
+    np.testing.assert_array_equal(found[2], codebooks[np.arange(8), codes[rows]].reshape(300, 100, -1))
+
+
+def test_centres_are_those_of_one_run_of_k_means_and_shown_as_they_come(large, monkeypatch):
+    codebooks, codes, _ = large
+    exact, shown = build_index(codebooks, codes[:4096]), []
+
+    def bar(rounds, **options):
+        for each in tqdm(rounds, **options):
+            shown.append(options["desc"])
+            yield each
+
+    monkeypatch.setattr(ivf_index, "tqdm", bar)
+    centres = ivf_index._centres(exact, 64)
+    means = faiss.Kmeans(exact.d, 64, niter=10, seed=0, spherical=True, gpu=False)
+    means.train(exact.reconstruct_n(0, 4096))
+    np.testing.assert_array_equal(centres.reconstruct_n(0, 64), means.centroids)
+    assert shown == 10 * ["Centres of lists"]
 
 
 # --- Rows that change ------------------------------------------------------------------------------------------------
