@@ -61,6 +61,8 @@ def run(arguments: argparse.Namespace) -> None:
         model, processor = _new_model(arguments, dataset, options)
     numbered = inputs.with_row_numbers(dataset)
     encoded = encode_dataset(numbered, model, processor, embeddings=arguments.embeddings, **options)
+    if output.suffix == ".npy" and len(encoded) < len(dataset):
+        raise ValueError(f"--output {output.name} cannot say which pictures were left out; write a .parquet file")
     with written_aside(output) as aside:
         if output.suffix == ".npy":
             with aside.open("wb") as file:

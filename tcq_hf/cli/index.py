@@ -8,8 +8,11 @@ from typing import get_args
 import numpy as np
 
 from tcq_hf import TCQModel, build_index, save_index
+from tcq_hf.index.code_index import check_codes
 from tcq_hf.index.faiss_index import Mode
 from tcq_hf.index.ivf_index import IVFIndex
+from tcq_hf.index.row_ids import check_ids
+from tcq_hf.index.segment_files import MANIFEST
 from tcq_hf.index.segments import SegmentedIndex
 
 from . import inputs
@@ -28,7 +31,8 @@ twice the bytes, about one in a hundred of the best rows missed. With --mode ivf
 nearest lists of rows are looked into: eight more bytes a row, and the share of the best rows that is found is printed.
 
 With --append the output is a folder, made if it is not there: the codes become a new segment of it, and nothing else is
-written. Their ids go on from the last. With --shards all that is in the folder is then split into so many equal parts.
+written. The ids of the first codes are their row numbers, those of more go on from the last. With --shards all that is
+in the folder is then split into so many equal parts.
 
 With --to a Lance dataset is written, with the other columns of the codes, and indexed by the learned codebooks (extra
 [lance]). The ids are the row numbers.
@@ -58,38 +62,60 @@ def run(arguments: argparse.Namespace) -> None:
         _write_lance(arguments, model, codes, numbers)
         return
     if arguments.append or arguments.shards is not None:
-        _grow(arguments, model, codes)
+        _grow(arguments, model, codes, numbers)
         return
     start = time.perf_counter()
     index = build_index(model, codes, mode=arguments.mode)
     seconds = time.perf_counter() - start
-    save_index(index, arguments.output, model_id=arguments.model)
+    pictures = inputs.coded_pictures(arguments.codes)
+    save_index(index, arguments.output, model_id=arguments.model, pictures=pictures)
     print(f"{index.ntotal} rows of {model.config.code_bytes} bytes in {seconds:.3f} s -> {arguments.output}")
     if isinstance(index, IVFIndex):
         print(f"{index.nlist} lists; the nearest {index.nprobe} of a query hold {index.recall:.3f} of its best rows")
 
 
-def _grow(arguments: argparse.Namespace, model: TCQModel, codes: np.ndarray) -> None:
-    if arguments.mode != "exact":
-        raise ValueError(f"--mode {arguments.mode} is for one file; an index in a folder is searched exactly")
-    if arguments.shards is not None and arguments.shards < 1:
-        raise ValueError(f"--shards must be at least 1, got {arguments.shards}")
+def _grow(arguments: argparse.Namespace, model: TCQModel, codes: np.ndarray, numbers: np.ndarray | None) -> None:
     folder = Path(arguments.output)
-    if folder.is_file():
-        raise ValueError(f"--output {folder} is a file; --append and --shards write a folder")
-    if arguments.append and (folder / "index.json").exists():
-        index = SegmentedIndex.open(folder, model)
-    else:
+    _check_folder(arguments, folder)
+    # A folder is made only for what can go into it.
+    codes = check_codes(codes, model.config.num_codebooks, model.config.codebook_size)
+    index = SegmentedIndex.open(folder, model) if (folder / MANIFEST).exists() else None
+    there = 0 if index is None else index.ntotal
+    ids = _ids_of_rows(numbers, len(codes), there)
+    if arguments.shards is not None and arguments.shards > there + len(codes):
+        raise ValueError(f"--shards {arguments.shards} is more than the {there + len(codes)} rows there would be")
+    if index is None:
         index = SegmentedIndex.create(folder, model, model_id=arguments.model)
-    if arguments.shards is not None and arguments.shards > index.ntotal + len(codes):
-        raise ValueError(
-            f"--shards {arguments.shards} is more than the {index.ntotal + len(codes)} rows there would be"
-        )
-    ids = index.append(codes)
+    ids = index.append(codes, ids)
     if arguments.shards is not None:
         index.merge(arguments.shards)
     first = f", ids from {ids[0]}" if len(ids) else ""
     print(f"{len(codes)} rows{first}; {index.ntotal} in {len(index.segments)} segments -> {folder}")
+
+
+def _check_folder(arguments: argparse.Namespace, folder: Path) -> None:
+    if arguments.mode != "exact":
+        raise ValueError(f"--mode {arguments.mode} is for one file; an index in a folder is searched exactly")
+    if arguments.shards is not None and arguments.shards < 1:
+        raise ValueError(f"--shards must be at least 1, got {arguments.shards}")
+    if folder.is_file():
+        raise ValueError(f"--output {folder} is a file; --append and --shards write a folder")
+    if not arguments.append and (folder / MANIFEST).exists():
+        raise FileExistsError(f"there is an index in {folder}; --append adds the codes to it")
+
+
+def _ids_of_rows(numbers: np.ndarray | None, count: int, there: int) -> np.ndarray | None:
+    """The row numbers, where they are not 0, 1, 2 ..., as ids of a folder in which `there` rows are; else None."""
+    if numbers is None or np.array_equal(numbers, np.arange(count)):
+        return None
+    ids = check_ids(numbers, count)
+    if there:
+        raise ValueError(
+            f"--output has {there} rows, and the row numbers of --codes are not 0 to {count - 1}, because pictures "
+            "were left out: ids that go on from the last would be those of other pictures. Encode without --on-error "
+            "skip, or write another folder"
+        )
+    return ids
 
 
 def _write_lance(arguments: argparse.Namespace, model: TCQModel, codes: np.ndarray, numbers: np.ndarray | None) -> None:

@@ -18,6 +18,7 @@ from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
 from tcq_hf import TCQConfig, TCQImageProcessor, TCQModel, codes_array
 from tcq_hf.index.code_cache import picture_paths, weights_digest
+from tcq_hf.index.faiss_index import read_recipe
 from tcq_hf.index.writing import written_aside
 
 Commands = Any  # argparse keeps the type of its sub-parsers private
@@ -212,7 +213,7 @@ def read_codes(path: str, model: TCQModel, pictures: Dataset | None = None) -> t
         said = _codes_recipe(recipe)
         if said["weights_sha256"] != weights_digest(model):
             raise ValueError(f"--codes {path} were made by another model, {said['model']}")
-        if pictures is not None and {name: said[name] for name in ("rows", "files_sha256")} != identity(pictures):
+        if pictures is not None and _pictures(said) != identity(pictures):
             raise ValueError(
                 f"--codes {path} are those of other pictures ({said['rows']} rows); encode --dataset again"
             )
@@ -223,6 +224,19 @@ def read_codes(path: str, model: TCQModel, pictures: Dataset | None = None) -> t
     return codes_array(table), rows
 
 
+def coded_pictures(path: str) -> dict[str, Any] | None:
+    """The `identity` of the pictures that a file of codes is of; None if no recipe says it."""
+    recipe = Path(f"{path}.json")
+    return _pictures(_codes_recipe(recipe)) if recipe.is_file() else None
+
+
+def check_indexed_pictures(path: str, pictures: Dataset) -> None:
+    """Raise ValueError if the recipe beside an index file says that it is of other pictures."""
+    said = (read_recipe(path) or {}).get("pictures")
+    if said is not None and said != identity(pictures):
+        raise ValueError(f"--index {path} is of other pictures; encode --dataset and build the index again")
+
+
 def other_columns(path: str) -> tuple[pa.Table | None, np.ndarray | None]:
     """What a file of codes has beside codes and row numbers: columns, and embeddings float32 `[N, D]`, if any."""
     if path.endswith(".npy"):
@@ -231,6 +245,10 @@ def other_columns(path: str) -> tuple[pa.Table | None, np.ndarray | None]:
     embeddings = np.float32(table.with_format("numpy")["embedding"][:]) if "embedding" in table.column_names else None
     kept = [name for name in table.column_names if name not in ("codes", "row", "embedding")]
     return table.select_columns(kept).with_format("arrow")[:] if kept else None, embeddings
+
+
+def _pictures(said: dict[str, Any]) -> dict[str, Any]:
+    return {name: said[name] for name in ("rows", "files_sha256")}
 
 
 def _codes_recipe(path: Path) -> dict[str, Any]:

@@ -117,6 +117,7 @@ def _with_index(
             )
         return attach_index(dataset.select(ids), index, "codes"), ids
     if arguments.index:
+        inputs.check_indexed_pictures(arguments.index, raw_pictures(dataset, column))
         return attach_index(dataset, load_index(arguments.index, model), "codes"), np.arange(len(dataset))
     if arguments.codes:
         codes, numbers = inputs.read_codes(arguments.codes, model, raw_pictures(dataset, column))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -103,7 +104,12 @@ def _alike(found: np.ndarray, expected: np.ndarray) -> bool:
     return found.shape == expected.shape and bool(np.abs(found - expected).max() <= 1e-5)
 
 
-def save_index(index: faiss.Index, path: str | os.PathLike, model_id: str | None = None) -> None:
+def save_index(
+    index: faiss.Index,
+    path: str | os.PathLike,
+    model_id: str | None = None,
+    pictures: Mapping[str, Any] | None = None,
+) -> None:
     """Write an index as plain FAISS, readable from any language, and its recipe beside it as `<path>.json`.
 
     Both files are written aside and renamed, so that a failure leaves earlier files as they were. Searches go on; a
@@ -113,6 +119,7 @@ def save_index(index: faiss.Index, path: str | os.PathLike, model_id: str | None
         index: An index from `build_index`.
         path: File to write.
         model_id: Hub name or folder of the model, kept in the recipe.
+        pictures: What tells the pictures of the rows from others, as JSON takes it; kept in the recipe, not looked at.
 
     Raises:
         OSError: If the disk refuses the file; what was there before is kept.
@@ -125,6 +132,7 @@ def save_index(index: faiss.Index, path: str | os.PathLike, model_id: str | None
     path = Path(path)
     recipe = {
         "model": model_id,
+        "pictures": pictures,
         "mode": modes[0],
         "metric": "inner_product",
         "embedding_dim": index.d,

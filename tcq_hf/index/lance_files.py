@@ -46,27 +46,30 @@ def dataset_exists(uri: str | os.PathLike, storage_options: dict[str, str] | Non
     return True
 
 
+def commit_fragments(
+    uri: str,
+    schema: pa.Schema,
+    fragments: list["lance.FragmentMetadata"],
+    overwrite: bool = False,
+    storage_options: dict[str, str] | None = None,
+) -> None:
+    """Let files that are written be a dataset; FileExistsError if there is one by now and `overwrite` is unset."""
+    operation = lance.LanceOperation.Overwrite(schema, fragments)
+    # Lance tries again over what others wrote; without a second try this is the first version or none.
+    retries = {} if overwrite else {"max_retries": 0}
+    try:
+        lance.LanceDataset.commit(uri, operation, storage_options=storage_options, **retries)
+    except OSError as error:
+        if overwrite or not dataset_exists(uri, storage_options):
+            raise
+        raise FileExistsError(f"another process wrote a Lance dataset to {uri} meanwhile; it is kept") from error
+
+
 def row_schema(codebooks: np.ndarray) -> pa.Schema:
     """Columns `id`, `codes` and `embedding` of a dataset for these codebooks."""
     num_codebooks, _, sub_dim = codebooks.shape
     types = (pa.int64(), pa.list_(pa.uint8(), num_codebooks), pa.list_(pa.float32(), num_codebooks * sub_dim))
     return pa.schema(list(zip(("id", "codes", "embedding"), types, strict=True)))
-
-
-def check_ids(ids: Any, count: int) -> np.ndarray:
-    """Ids as int64 `[count]`; raises unless they are integers, at least 0 and all different."""
-    ids = np.asarray(ids)
-    if ids.dtype.kind not in "iu" or ids.ndim != 1:
-        raise TypeError(f"ids must be integers [n], got {ids.dtype} {list(ids.shape)}")
-    if len(ids) != count:
-        raise ValueError(f"there are {count} rows but {len(ids)} ids")
-    if len(ids) and ids.min() < 0:
-        raise ValueError(f"ids must be at least 0, got {ids.min()}")
-    ordered = np.sort(ids)
-    again = ordered[1:][ordered[1:] == ordered[:-1]]
-    if len(again):
-        raise ValueError(f"id {again[0]} is given twice; ids must be all different")
-    return ids.astype(np.int64)
 
 
 def read_codes(
@@ -85,6 +88,8 @@ def check_codes_belong(dataset: "lance.LanceDataset", codebooks: np.ndarray) -> 
         if name not in dataset.schema.names or dataset.schema.field(name).type != type_:
             raise ValueError(f"{dataset.uri} needs a column {name!r} of {type_}; its columns are {dataset.schema}")
     rows = sample(dataset.count_rows())
+    if not len(rows):
+        return
     table = dataset.take(rows.tolist(), columns=["codes", "embedding"])
     codes, embeddings = (table[name].combine_chunks().flatten().to_numpy() for name in ("codes", "embedding"))
     check_belong(embeddings.reshape(len(rows), -1), codes.reshape(len(rows), -1), codebooks, rows)

@@ -14,8 +14,8 @@ from .lance_files import (
     INDEX_NAME,
     check_belong,
     check_columns,
-    check_ids,
     check_index,
+    commit_fragments,
     dataset_exists,
     fragments_to_index,
     full_address,
@@ -26,6 +26,7 @@ from .lance_files import (
     row_schema,
     sample,
 )
+from .row_ids import check_ids
 
 # Runs a function on each item of a list, anywhere, and gives the results in order.
 FanOut = Callable[[Callable[[list[int]], Any], list[list[int]]], Iterable[Any]]
@@ -144,7 +145,7 @@ def to_lance(
         ValueError: If Lance has no index of this shape, lengths differ, an id is given twice, a name of a column is
             taken, or the embeddings have other codes.
     """
-    codebooks = lance_codebooks(codebooks)
+    uri, codebooks = full_address(uri), lance_codebooks(codebooks)
     codes = check_codes(codes, *codebooks.shape[:2])
     if not len(codes):
         raise ValueError("codes must have at least one row: Lance indexes no empty dataset")
@@ -160,14 +161,14 @@ def to_lance(
         raise FileExistsError(f"there is a Lance dataset at {uri}; overwrite=True replaces it by a new version")
     schema = pa.schema([*row_schema(codebooks), *columns.schema])
     batches = _batches(schema, codebooks, codes, embeddings, ids, columns)
-    lance.write_dataset(
-        batches,
-        str(uri),
-        schema=schema,
+    fragments = lance.fragment.write_fragments(
+        pa.RecordBatchReader.from_batches(schema, batches),
+        uri,
         mode="overwrite" if overwrite else "create",
         max_rows_per_file=rows_per_fragment,
         storage_options=storage_options,
     )
+    commit_fragments(uri, schema, fragments, overwrite, storage_options)
     return build_lance_index(uri, codebooks, storage_options=storage_options)
 
 

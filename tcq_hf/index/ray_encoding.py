@@ -15,6 +15,7 @@ import pyarrow as pa
 from datasets.utils import tqdm
 
 from .batch_encoder import BatchEncoder, check_columns
+from .row_ids import check_ids
 
 if TYPE_CHECKING:
     import ray.data
@@ -78,27 +79,30 @@ def encode_with_ray(
         num_cpus: CPUs of an actor, which decode its pictures: several where it has a GPU.
         num_gpus: GPUs of an actor; name the device in the encoder too.
         rows_per_fragment: Rows in one file of the dataset.
-        append: Add the rows to the dataset that is there.
+        append: Add the rows to the dataset that is there, which the same model must have written.
         storage_options: Keys and address of the object store, as for `lance.dataset`.
 
     Returns:
         The number of rows, and what was wrong with those left out.
 
     Raises:
-        FileExistsError: If there is a dataset and `append` is unset.
+        FileExistsError: If there is a dataset, also one that came meanwhile, and `append` is unset.
         FileNotFoundError: If there is none and `append` is set.
         RuntimeError: If a worker fails, or the dataset gives other rows when it is read again.
         TypeError: If ids are no integers.
-        ValueError: If a column is missing, an id is given twice or there already, a picture cannot be read, or an
-            embedding is not finite.
+        ValueError: If a column is missing, an id is given twice or there already, the rows that are there are of
+            another model, a picture cannot be read, or an embedding is not finite.
     """
-    from .lance_files import dataset_exists, full_address, lance, open_dataset
+    from .lance_files import check_codes_belong, dataset_exists, full_address, open_dataset
 
     uri = full_address(uri)
     _check_dataset(dataset, encoder, num_actors, rows_per_fragment)
     if not append and dataset_exists(uri, storage_options):
         raise FileExistsError(f"there is a Lance dataset at {uri}; append=True adds rows to it")
     there = open_dataset(uri, None, storage_options) if append else None
+    if there is not None:
+        # A model that is named is loaded here too, not on the device that it has on the workers.
+        check_codes_belong(there, BatchEncoder(encoder.model, encoder.processor)._load().model.codebooks())
     ids = _ids_to_encode(dataset, encoder.id_column, there)
     write = partial(
         _write_fragments, uri=uri, append=append, id_column=encoder.id_column, storage_options=storage_options
@@ -111,13 +115,7 @@ def encode_with_ray(
     _check_every_row_once(ids, np.concatenate([encoded, np.array(list(failed), np.int64)]))
     if not len(encoded):
         raise ValueError(f"none of {len(ids)} rows has a picture that can be read; nothing is written to {uri}")
-    fragments = [lance.FragmentMetadata.from_json(text) for text in _flat(report, "fragments").to_pylist()]
-    if there is None:
-        schema = pa.ipc.read_schema(pa.py_buffer(report["schema"][0].as_py()))
-        operation, version = lance.LanceOperation.Overwrite(schema, fragments), None
-    else:
-        operation, version = lance.LanceOperation.Append(fragments), there.version
-    lance.LanceDataset.commit(uri, operation, read_version=version, storage_options=storage_options)
+    _commit(report, uri, there, storage_options)
     for text in failed.values():
         logger.warning("left out %s", text)
     return RayEncoding(len(encoded), failed)
@@ -211,6 +209,19 @@ def _report(written: "ray.data.Dataset", total: int) -> pa.Table:
     return pa.concat_tables(parts)
 
 
+def _commit(report: pa.Table, uri: str, there: Any, storage_options: dict[str, str] | None) -> None:
+    """Let what was written be a dataset, or more rows of the one that is there."""
+    from .lance_files import commit_fragments, lance
+
+    fragments = [lance.FragmentMetadata.from_json(text) for text in _flat(report, "fragments").to_pylist()]
+    if there is None:
+        schema = pa.ipc.read_schema(pa.py_buffer(report["schema"][0].as_py()))
+        commit_fragments(uri, schema, fragments, storage_options=storage_options)
+    else:
+        operation = lance.LanceOperation.Append(fragments)
+        lance.LanceDataset.commit(uri, operation, read_version=there.version, storage_options=storage_options)
+
+
 @contextmanager
 def _worker_errors() -> Iterator[None]:
     """Say what a worker raised, which Ray Data hides in the middle of its own words."""
@@ -244,8 +255,6 @@ def _check_dataset(dataset: Any, encoder: BatchEncoder, num_actors: int | None, 
 
 def _ids_to_encode(dataset: "ray.data.Dataset", column: str, there: Any) -> np.ndarray:
     """Ids of all rows, int64 `[N]`, checked against each other and those of the Lance dataset that is there."""
-    from .lance_files import check_ids
-
     tables = dataset.select_columns([column]).iter_batches(batch_size=None, batch_format="pyarrow")
     parts = [table[column].to_numpy() for table in tables]
     if not parts:

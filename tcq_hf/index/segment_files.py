@@ -1,6 +1,5 @@
 """Files of an index in a folder: its manifest, its segments, their sizes and sums."""
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -11,10 +10,9 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock
-from tqdm.auto import tqdm
 
 from .code_index import CodeIndex
-from .faiss_index import load_index, write_faiss
+from .faiss_index import file_sum, load_index, write_faiss
 from .writing import written_aside
 
 MANIFEST, LOCK, FORMAT = "index.json", ".lock", 1
@@ -45,11 +43,19 @@ class Segment:
 
 @dataclass(frozen=True)
 class Part:
-    """A segment that is open: its codes mapped, its ids int64 `[rows]`."""
+    """A segment that is open: its codes mapped, its ids too where they are no range."""
 
     segment: Segment
     index: CodeIndex
-    ids: np.ndarray
+    listed: np.ndarray | None
+
+    def ids(self) -> np.ndarray:
+        """Ids of all rows, int64 `[rows]`."""
+        return self.ids_of(np.arange(self.segment.rows)) if self.listed is None else self.listed
+
+    def ids_of(self, rows: np.ndarray) -> np.ndarray:
+        """Ids of the rows of these numbers, int64, in the shape of `rows`."""
+        return self.segment.first + rows if self.listed is None else self.listed[rows]
 
 
 @contextmanager
@@ -72,9 +78,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise ValueError(f"format {manifest['format']}, this package reads {FORMAT}")
         for name in ("changes", "next_id", "next_segment"):
             int(manifest[name])
-        entries = [Segment(**entry) for entry in manifest["segments"]] + [Segment(rows=0, **manifest["codebooks"])]
+        if not isinstance(manifest["model"], str | None) or not isinstance(manifest["id"], str):
+            raise ValueError(f"model {manifest['model']}, id {manifest['id']}")
+        segments = [Segment(**entry) for entry in manifest["segments"]]
+        entries = [*segments, Segment(rows=0, **manifest["codebooks"])]
         if any(Path(name).name != name for e in entries for name in (e.file, e.ids) if name):
             raise ValueError("a file lies outside the folder")
+        for segment in segments:
+            if segment.ids is None and not isinstance(segment.first, int):
+                raise ValueError(f"{segment.file} has neither a first id nor a file of ids")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / MANIFEST} is damaged: {error!r}") from error
     return manifest
@@ -89,16 +101,16 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 def write_segment(folder: Path, name: str, index: CodeIndex, ids: np.ndarray | None = None) -> Segment:
     """Write the rows of an index, and their ids int64 `[rows]` where they are no range, as files of this name."""
     with written_aside(folder / name) as aside:
-        write_faiss(index, aside)
-    segment = Segment(name, index.ntotal, (folder / name).stat().st_size, _sum(folder / name))
+        digest = write_faiss(index, aside)
+    segment = Segment(name, index.ntotal, (folder / name).stat().st_size, digest)
     if ids is None:
         return segment
-    if np.array_equal(ids, np.arange(ids[0], ids[0] + len(ids))):
+    if (np.diff(ids) == 1).all():
         return replace(segment, first=int(ids[0]))
     path = (folder / name).with_suffix(".ids.npy")
     with written_aside(path) as aside, aside.open("wb") as file:
         np.save(file, ids)
-    return replace(segment, ids=path.name, ids_sha256=_sum(path))
+    return replace(segment, ids=path.name, ids_sha256=file_sum(path))
 
 
 def read_segment(folder: Path, segment: Segment, codebooks: Any, verify: bool) -> CodeIndex:
@@ -121,7 +133,7 @@ def open_segment(folder: Path, segment: Segment, codebooks: np.ndarray, verify: 
     """Codes and ids of a segment, mapped, held against the manifest and, with `verify`, against their sums."""
     index = read_segment(folder, segment, codebooks, verify)
     if segment.ids is None:
-        return Part(segment, index, np.arange(segment.first, segment.first + segment.rows))
+        return Part(segment, index, None)
     path = folder / segment.ids
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing, which {folder / MANIFEST} names")
@@ -136,14 +148,5 @@ def open_segment(folder: Path, segment: Segment, codebooks: np.ndarray, verify: 
 
 
 def _verify(path: Path, expected: str | None) -> None:
-    if expected is not None and _sum(path) != expected:
+    if expected is not None and file_sum(path) != expected:
         raise ValueError(f"{path} has another sum than {MANIFEST} says: it was changed or replaced")
-
-
-def _sum(path: Path) -> str:
-    digest, size = hashlib.sha256(), path.stat().st_size
-    with path.open("rb") as file, tqdm(total=size, unit="B", unit_scale=True, desc=path.name, delay=2) as bar:
-        while block := file.read(1 << 20):
-            digest.update(block)
-            bar.update(len(block))
-    return digest.hexdigest()

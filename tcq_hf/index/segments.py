@@ -1,6 +1,7 @@
 """SegmentedIndex: an index that lives in a folder and changes there, a segment at a time."""
 
 import os
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from filelock import FileLock
 
 from .code_index import CodeIndex, check_codebooks, check_codes, check_vectors
 from .faiss_index import AnyIndex, Mode, build_index, save_index
+from .row_ids import LARGEST_ID, check_ids
 from .segment_files import (
     FORMAT,
     LOCK,
@@ -31,7 +33,8 @@ class SegmentedIndex:
 
     Appending writes one segment and renames `index.json`; removing writes the segments anew that lose rows. No file is
     changed: a process that dies leaves the index as it was, and a search goes on over the rows it began with. Rows have
-    ids that stay; changes from several processes wait for each other.
+    ids that stay; changes from several processes wait for each other. An object refuses to change an index that was
+    made in its folder after it was opened.
 
     Use `create` or `open`.
     """
@@ -54,8 +57,8 @@ class SegmentedIndex:
         folder, codebooks = Path(folder), check_codebooks(codebooks)
         folder.mkdir(parents=True, exist_ok=True)
         shape = dict(zip(("num_codebooks", "codebook_size", "sub_dim"), codebooks.shape, strict=True))
-        manifest = {"format": FORMAT, "model": model_id, "metric": "inner_product", **shape, "changes": 0}
-        manifest |= {"next_id": 0, "next_segment": 0, "segments": []}
+        manifest = {"format": FORMAT, "id": uuid.uuid4().hex, "model": model_id, "metric": "inner_product", **shape}
+        manifest |= {"changes": 0, "next_id": 0, "next_segment": 0, "segments": []}
         with FileLock(folder / LOCK):
             if (folder / MANIFEST).exists():
                 raise FileExistsError(f"there is an index in {folder}; use SegmentedIndex.open")
@@ -110,12 +113,11 @@ class SegmentedIndex:
 
     def ids(self) -> np.ndarray:
         """Ids of all rows, int64 `[ntotal]`, in the order in which they are stored."""
-        return _joined([part.ids for part in self._parts], np.empty(0, np.int64))
+        return _ids(self._parts)
 
     def codes_array(self) -> np.ndarray:
         """Codes of all rows, uint8 `[ntotal, M]`, in the same order."""
-        empty = np.empty((0, len(self._codebooks)), np.uint8)
-        return _joined([part.index.codes_array() for part in self._parts], empty)
+        return self._codes(self._parts)
 
     def search(self, x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores float32 `[Q, k]`, larger is closer, and ids int64 `[Q, k]` of the k best rows of each query."""
@@ -126,7 +128,7 @@ class SegmentedIndex:
         found = []
         for part in parts:
             scores, rows = part.index.search(x, min(k, part.segment.rows))
-            found.append((scores, part.ids[rows]))
+            found.append((scores, part.ids_of(rows)))
         return best_of(found, k)
 
     def append(self, codes: Any, ids: Any = None) -> np.ndarray:
@@ -134,19 +136,19 @@ class SegmentedIndex:
 
         Args:
             codes: Integers `[n, M]` below K.
-            ids: Integers `[n]`, at least 0 and new; by default they go on from the largest that there ever was.
+            ids: Integers `[n]` from 0 to 2**63 - 2, new; by default they go on from the largest that there ever was.
 
         Returns:
             The ids, int64 `[n]`.
 
         Raises:
             TypeError: If codes or ids are no integers.
-            ValueError: If codes do not fit, or an id is negative, given twice or there already.
+            ValueError: If codes do not fit, an id is out of range, given twice or there already, or the folder has
+                another index by now.
         """
         codes = check_codes(codes, *self._codebooks.shape[:2])
         with self._changing() as manifest:
-            first = manifest["next_id"]
-            ids = np.arange(first, first + len(codes)) if ids is None else _check_ids(ids, len(codes), self.ids())
+            ids = self._new_ids(ids, len(codes), manifest["next_id"])
             if len(codes):
                 self._replace(manifest, [*self._parts, self._new(manifest, codes, ids)])
         return ids
@@ -161,20 +163,22 @@ class SegmentedIndex:
             How many rows went.
 
         Raises:
-            ValueError: If an id is not in the index.
+            TypeError: If ids are no integers.
+            ValueError: If an id is not in the index, or the folder has another index by now.
         """
-        ids = np.unique(_integers(ids, "ids"))
+        ids = np.unique(check_ids(ids))
         with self._changing() as manifest:
             unknown = np.setdiff1d(ids, self.ids())
             if len(unknown):
                 raise ValueError(f"id {unknown[0]} is not in the index in {self.folder}")
             parts = []
             for part in self._parts:
-                kept = ~np.isin(part.ids, ids)
+                there = part.ids()
+                kept = ~np.isin(there, ids)
                 if kept.all():
                     parts.append(part)
                 elif kept.any():
-                    parts.append(self._new(manifest, part.index.codes_array()[kept], part.ids[kept]))
+                    parts.append(self._new(manifest, part.index.codes_array()[kept], there[kept]))
             if len(ids):
                 self._replace(manifest, parts)
         return len(ids)
@@ -186,7 +190,7 @@ class SegmentedIndex:
             parts: Number of segments.
 
         Raises:
-            ValueError: If there would be none, or more than rows.
+            ValueError: If there would be none, or more than rows, or the folder has another index by now.
         """
         with self._changing() as manifest:
             if not 1 <= parts <= max(1, self.ntotal):
@@ -198,7 +202,8 @@ class SegmentedIndex:
 
     def in_memory(self, mode: Mode = "exact") -> tuple[AnyIndex, np.ndarray]:
         """All rows as one index of `build_index`, and the id of each of its rows, int64 `[ntotal]`."""
-        return build_index(self._codebooks, self.codes_array(), mode), self.ids()
+        parts = self._parts
+        return build_index(self._codebooks, self._codes(parts), mode), _ids(parts)
 
     def export(self, path: str | os.PathLike, mode: Mode = "exact") -> np.ndarray:
         """Write all rows as one FAISS file, which `datasets` and any FAISS read.
@@ -219,12 +224,31 @@ class SegmentedIndex:
         """Hold the folder, with what other processes have done to it, and a manifest to fill."""
         with FileLock(self.folder / LOCK):
             manifest = read_manifest(self.folder)
+            # Earlier versions gave none.
+            if manifest["id"] != self._manifest["id"]:
+                raise ValueError(f"another index was made in {self.folder} since this one was opened; open it again")
             if manifest["changes"] != self._manifest["changes"]:
                 fresh = [Segment(**entry) for entry in manifest["segments"]]
                 known = {part.segment: part for part in self._parts}
                 self._parts = tuple(known.get(s) or open_segment(self.folder, s, self._codebooks, False) for s in fresh)
                 self._manifest = manifest
             yield dict(manifest)
+
+    def _codes(self, parts: Iterable[Part]) -> np.ndarray:
+        codes = [part.index.codes_array() for part in parts]
+        return np.concatenate(codes) if codes else np.empty((0, len(self._codebooks)), np.uint8)
+
+    def _new_ids(self, ids: Any, count: int, first: int) -> np.ndarray:
+        """Ids of rows to append, int64 `[count]`: those that were given, checked, or `first` and those behind it."""
+        if ids is None:
+            if first + count - 1 > LARGEST_ID:
+                raise ValueError(f"ids that go on from {first} would pass 2**63 - 2; give ids")
+            return np.arange(first, first + count)
+        ids = check_ids(ids, count)
+        known = np.intersect1d(ids, self.ids())
+        if len(known):
+            raise ValueError(f"id {known[0]} is in the index already; remove it first")
+        return ids
 
     def _new(self, manifest: dict[str, Any], codes: np.ndarray, ids: np.ndarray) -> Part:
         """Write a segment that no manifest names yet."""
@@ -254,28 +278,6 @@ def best_of(found: list[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndar
     return np.take_along_axis(scores, best, axis=1), np.take_along_axis(ids, best, axis=1)
 
 
-def _joined(arrays: list[np.ndarray], empty: np.ndarray) -> np.ndarray:
-    return np.concatenate(arrays) if arrays else empty
-
-
-def _integers(values: Any, name: str) -> np.ndarray:
-    values = np.asarray(values)
-    values = values.astype(np.int64) if not values.size else values
-    if values.ndim != 1 or values.dtype.kind not in "iu":
-        raise TypeError(f"{name} must be integers [n], got {values.dtype} {list(values.shape)}")
-    return values.astype(np.int64)
-
-
-def _check_ids(ids: Any, count: int, there: np.ndarray) -> np.ndarray:
-    ids = _integers(ids, "ids")
-    if len(ids) != count:
-        raise ValueError(f"there are {count} codes but {len(ids)} ids")
-    if len(ids) and ids.min() < 0:
-        raise ValueError(f"ids must be at least 0, got {ids.min()}")
-    values, counts = np.unique(ids, return_counts=True)
-    if (counts > 1).any():
-        raise ValueError(f"id {values[counts > 1][0]} is given twice")
-    known = np.intersect1d(ids, there)
-    if len(known):
-        raise ValueError(f"id {known[0]} is in the index already; remove it first")
-    return ids
+def _ids(parts: Iterable[Part]) -> np.ndarray:
+    ids = [part.ids() for part in parts]
+    return np.concatenate(ids) if ids else np.empty(0, np.int64)

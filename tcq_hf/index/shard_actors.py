@@ -172,4 +172,4 @@ def _load_lance(
 
 def _load_segments(folder: Path, segments: list[Segment], codebooks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     parts = [open_segment(folder, segment, codebooks, verify=False) for segment in segments]
-    return np.concatenate([part.index.codes_array() for part in parts]), np.concatenate([part.ids for part in parts])
+    return np.concatenate([part.index.codes_array() for part in parts]), np.concatenate([part.ids() for part in parts])

@@ -207,13 +207,30 @@ def test_shards_are_equal_segments(workplace, tmp_path, capsys):
     assert "32 rows, ids from 0; 32 in 4 segments" in capsys.readouterr().out
     assert [segment.rows for segment in SegmentedIndex.open(tmp_path / "shards").segments] == [8] * 4
     for extra, match in (
-        (["--output", str(tmp_path / "shards"), "--shards", "2"], "there is an index in"),
+        (["--output", str(tmp_path / "shards"), "--shards", "2"], "shards; --append adds the codes to it"),
         (["--output", str(tmp_path / "none"), "--shards", "33"], "--shards 33 is more than the 32 rows"),
         (["--output", str(workplace / "index.faiss"), "--append"], "is a file; --append and --shards write a folder"),
         (["--output", str(tmp_path / "shards"), "--append", "--mode", "fast"], "--mode fast is for one file"),
     ):
         assert main([*made, *extra]) == 1
         assert match in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("codes", "match"),
+    [
+        (np.zeros((3, 4)), "codes must be integers"),
+        (np.zeros((3, 2), np.uint8), "shape [N, 4], got [3, 2]"),
+        (np.full((3, 4), 16), "below codebook_size=16, got 16 in row 0"),
+    ],
+)
+def test_codes_that_do_not_fit_make_no_folder(workplace, tmp_path, capsys, codes, match):
+    np.save(tmp_path / "codes.npy", codes)
+    made = ["index", "--model", str(workplace / "model"), "--codes", str(tmp_path / "codes.npy")]
+    assert main([*made, "--output", str(tmp_path / "new"), "--append"]) == 1
+    assert match in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def _npy(workplace, folder):
@@ -262,15 +279,23 @@ def test_skipped_pictures_keep_the_row_numbers(workplace, tmp_path, capsys, capl
     assert main([*encode, "--output", codes, "--on-error", "skip"]) == 0
     assert "31 of 32 pictures" in capsys.readouterr().out
     assert "02.png" in caplog.text
+    assert main([*encode, "--output", str(tmp_path / "codes.npy"), "--on-error", "skip"]) == 1
+    assert "codes.npy cannot say which pictures were left out" in capsys.readouterr().err
+    assert not (tmp_path / "codes.npy").exists()
     expected = found_in_python(workplace, 8, left_out=[1])
+    made = ["index", "--codes", codes, "--model", str(workplace / "model"), "--output"]
+    living, shards = str(tmp_path / "living"), str(tmp_path / "shards")
+    assert main([*made, living, "--append"]) == main([*made, shards, "--shards", "3"]) == 0
     asked = ["search", "--dataset", str(folder), "--model", str(workplace / "model"), "--k", "4"]
-    for source in (["--codes", codes], ["--on-error", "skip"]):
+    for source in (["--codes", codes], ["--on-error", "skip"], ["--index", living], ["--index", shards]):
         assert main([*asked, *source, "--row", "9"]) == 0
         assert [int(line[1]) for line in table(capsys.readouterr().out)] == [row["number"] for row in expected]
         assert main([*asked, *source, "--row", "1"]) == 1
         assert "--row 1" in capsys.readouterr().err
+    assert main([*made, living, "--append"]) == 1
+    assert "the row numbers of --codes are not 0 to 30" in capsys.readouterr().err
     index = str(tmp_path / "index.faiss")
-    assert main(["index", "--codes", codes, "--model", str(workplace / "model"), "--output", index]) == 0
+    assert main([*made, index]) == 0
     assert main([*asked, "--index", index, "--row", "9"]) == 1
     assert "31 rows, the dataset 32" in capsys.readouterr().err
 
@@ -359,11 +384,18 @@ def test_codes_of_a_folder_that_has_changed_are_refused(workplace, tmp_path, cap
     shutil.copytree(workplace / "pictures", tmp_path / "pictures")
     pictures[0].save(tmp_path / "pictures" / "even" / "000.png")
     asked = ["search", "--dataset", str(tmp_path / "pictures"), "--model", str(workplace / "model"), "--row", "0"]
-    assert main([*asked, "--codes", str(workplace / "codes.parquet")]) == 1
-    assert "those of other pictures (32 rows)" in capsys.readouterr().err
-    (tmp_path / "pictures" / "odd" / "31.png").unlink()  # as many rows as before, other files
-    assert main([*asked, "--codes", str(workplace / "codes.parquet")]) == 1
-    assert "those of other pictures" in capsys.readouterr().err
+    for refused in range(2):
+        assert main([*asked, "--codes", str(workplace / "codes.parquet")]) == 1
+        assert "those of other pictures (32 rows)" in capsys.readouterr().err
+        assert main([*asked, "--index", str(workplace / "index.faiss")]) == 1
+        assert "index.faiss is of other pictures" in capsys.readouterr().err
+        if not refused:
+            (tmp_path / "pictures" / "odd" / "31.png").unlink()  # as many rows as before, other files
+    # An index of codes that no recipe goes with is taken on trust.
+    shutil.copyfile(workplace / "codes.parquet", tmp_path / "codes.parquet")
+    made = ["--codes", str(tmp_path / "codes.parquet"), "--model", str(workplace / "model")]
+    assert main(["index", *made, "--output", str(tmp_path / "index.faiss")]) == 0
+    assert main([*asked, "--index", str(tmp_path / "index.faiss")]) == 0
 
 
 def test_parquet_of_paths_is_searched_and_drawn(workplace, tmp_path, capsys):

@@ -11,6 +11,7 @@ from tcq_hf import build_index
 
 lance = pytest.importorskip("lance", reason="Lance is not installed: pip install 'tcq_hf[lance]'")
 
+from tcq_hf.index import lance_index  # noqa: E402
 from tcq_hf.index.lance_files import read_codes  # noqa: E402
 from tcq_hf.index.lance_index import LanceIndex, build_lance_index, to_lance  # noqa: E402
 
@@ -170,6 +171,19 @@ def test_a_dataset_is_not_overwritten_unasked(filled, uri):
     is_faiss(filled, CODES, np.arange(5000, 6000))
 
 
+def test_a_dataset_that_another_wrote_meanwhile_is_kept(uri, monkeypatch):
+    real = lance_index._batches
+
+    def batches(*arguments):
+        yield from real(*arguments)
+        lance.write_dataset(pa.table({"id": [7]}), uri)
+
+    monkeypatch.setattr(lance_index, "_batches", batches)
+    with pytest.raises(FileExistsError, match=r"another process wrote a Lance dataset to .* meanwhile"):
+        to_lance(uri, CODEBOOKS, CODES)
+    assert lance.dataset(uri).to_table()["id"].to_pylist() == [7]
+
+
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
@@ -183,6 +197,7 @@ def test_a_dataset_is_not_overwritten_unasked(filled, uri):
         ({"ids": np.arange(1000) // 2}, ValueError, "id 0 is given twice"),
         ({"ids": np.arange(1000) - 1}, ValueError, "at least 0, got -1"),
         ({"ids": np.arange(1000.0)}, TypeError, "ids must be integers"),
+        ({"ids": np.arange(1000, dtype=np.uint64) + 2**63}, ValueError, "at most"),
         ({"embeddings": QUERIES}, ValueError, "1000 codes but 5 embeddings"),
         ({"embeddings": unit(1000, 16)}, ValueError, "the embedding of row 0 has another code"),
         ({"columns": {"codes": range(1000)}}, ValueError, "may not have the name 'codes'"),

@@ -3,15 +3,16 @@
 import io
 import os
 import pickle
+import shutil
 import sys
-import threading
 import time
 import uuid
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import numpy as np
 import PIL.Image
-import psutil
 import pyarrow as pa
 import pytest
 import torch
@@ -20,7 +21,15 @@ from numpy.testing import assert_array_equal
 
 from tcq_hf import TCQModel, build_index, encode_dataset
 from tcq_hf.index.batch_encoder import BatchEncoder
-from tcq_hf.index.ray_encoding import RayEncoding, _report, encode_with_ray, ray_map
+from tcq_hf.index.ray_encoding import (
+    RayEncoding,
+    _commit,
+    _report,
+    _write_fragments,
+    encode_with_ray,
+    import_ray,
+    ray_map,
+)
 from tcq_hf.index.segments import SegmentedIndex
 from tcq_hf.index.shard_actors import ShardActors
 
@@ -201,21 +210,36 @@ def test_without_ray_the_error_names_the_extra(monkeypatch, shared_model, proces
 
 
 class MarkingEncoder(BatchEncoder):
-    """Leaves a file for each batch that it begins and takes as long for it as a larger model would."""
+    """Leaves a file for each batch that it begins, by node; of many, no more are begun before a node is killed.
 
-    marks = None
+    The node to be killed ends one batch and dies in its second.
+    """
+
+    marks = to_kill = None
 
     def __call__(self, batch):
-        (self.marks / uuid.uuid4().hex).touch()
-        time.sleep(0.4)
+        node = import_ray().get_runtime_context().get_node_id()
+        (self.marks / f"{node}.{uuid.uuid4().hex}").touch()
+        begun = begun_on(self.marks)
+        if node == self.to_kill and begun[node] > 1:
+            wait_until((self.marks.parent / "killed").exists, 60)
+            time.sleep(10)  # processes of a dead node end within a second
+        elif begun.total() > 6:
+            wait_until((self.marks.parent / "killed").exists, 60)
         return super().__call__(batch)
 
 
-def actors_encoding(node):
-    """Names of the processes on a node that hold an actor of the pool."""
-    (raylet,) = [info.process.pid for info in node.all_processes["raylet"]]
-    names = [" ".join(child.cmdline()) for child in psutil.Process(raylet).children(recursive=True)]
-    return [name for name in names if "_EncodeTable" in name]
+def begun_on(marks):
+    """Number of batches that were begun, by node."""
+    return Counter(mark.name.partition(".")[0] for mark in marks.iterdir())
+
+
+def wait_until(true, seconds):
+    """Whether it was in time."""
+    end = time.monotonic() + seconds
+    while not true() and time.monotonic() < end:
+        time.sleep(0.02)
+    return true()
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +253,10 @@ def cluster():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-        started = Cluster(initialize_head=True, head_node_args=NODE | {"num_cpus": 6})
+        # Ray finds a node dead that does not answer five times, 3 s apart, and starts workers with a niceness of 15:
+        # they would hardly load their model beside other work.
+        settings = {"_system_config": {"health_check_period_ms": 500, "worker_niceness": 0}}
+        started = Cluster(initialize_head=True, head_node_args=NODE | {"num_cpus": 6} | settings)
         started.second = started.add_node(**NODE, num_cpus=2)
         ray.init(address=started.address, log_to_driver=False, logging_level="error")
         try:
@@ -241,37 +268,46 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def killed(cluster, table, shared_model, processor, tmp_path_factory):
-    """A Lance dataset from two nodes of which one was killed in the midst; how many actors it had, batches begun."""
-    import ray.data
+    """A Lance dataset from two nodes of which one was killed in the midst; batches begun by node, till then and in all.
 
-    folder = tmp_path_factory.mktemp("ray")
+    Each actor takes 2 CPUs. Of the 6 of the head 3 are held back until the other node is dead: one actor must go there,
+    one CPU is left for reading and writing, and the actor that is lost has room to come back.
+    """
+    import ray.data
+    from ray.util import placement_group, remove_placement_group
+
+    folder, second = tmp_path_factory.mktemp("ray"), cluster.second.node_id
     encoder = MarkingEncoder(shared_model, processor, batch_size=2, on_error="skip")
-    encoder.marks = folder / "marks"
+    encoder.marks, encoder.to_kill = folder / "marks", second
     encoder.marks.mkdir()
-    seen = {}
+    held_back = placement_group([{"CPU": 3}])
+    assert held_back.wait(30)
 
     def kill():
-        while len(list(encoder.marks.iterdir())) < 6 or not actors_encoding(cluster.second):
-            time.sleep(0.02)
-        seen["lost"], seen["files"] = actors_encoding(cluster.second), (folder / "codes.lance").exists()
-        seen["begun"] = len(list(encoder.marks.iterdir()))
-        cluster.remove_node(cluster.second, allow_graceful=False)
+        try:
+            wait_until(lambda: begun_on(encoder.marks).total() >= 6 and begun_on(encoder.marks)[second] >= 2, 110)
+            begun = begun_on(encoder.marks)
+            cluster.remove_node(cluster.second, allow_graceful=False)
+            remove_placement_group(held_back)
+            return begun
+        finally:
+            (folder / "killed").touch()
 
-    killer = threading.Thread(target=kill, daemon=True)
-    killer.start()
-    done = encode_with_ray(
-        ray.data.from_arrow(table), encoder, folder / "codes.lance", num_actors=2, rows_per_fragment=50
-    )
-    killer.join(timeout=1)
-    seen["batches"] = len(list(encoder.marks.iterdir()))
-    return folder / "codes.lance", done, seen
+    with ThreadPoolExecutor(1) as killer:
+        killing = killer.submit(kill)
+        rows, options = ray.data.from_arrow(table), {"num_actors": 2, "num_cpus": 2, "rows_per_fragment": 50}
+        done = encode_with_ray(rows, encoder, folder / "codes.lance", **options)
+        begun = killing.result(120)
+    return folder / "codes.lance", done, (second, begun, begun_on(encoder.marks))
 
 
 def test_the_node_was_killed_while_it_encoded(killed):
-    _, _, seen = killed
-    assert seen["lost"]  # Ray decides whether one or both actors were there
-    # 300 rows in batches of 16: 19; those that the dead actor had begun were begun again.
-    assert seen["begun"] < 19 < seen["batches"]
+    second, begun, in_all = killed[2]
+    assert begun[second] == 2, f"the node {second} was to end one batch and die in its second; begun by node: {begun}"
+    # 300 rows in batches of 16: 19; those that the dead node had begun were begun again.
+    assert begun.total() < 19, f"the node was killed when all batches were begun: {begun}"
+    assert in_all.total() > 19, f"no batch was begun again after the node was killed: {begun}, in all {in_all}"
+    assert in_all[second] == 2
 
 
 def test_every_row_is_there_once_and_what_failed_is_reported(killed, table):
@@ -388,7 +424,7 @@ def test_rows_are_appended_under_new_ids_only(killed, table, encoded, shared_mod
 
     from tcq_hf.index.lance_index import build_lance_index
 
-    uri = killed[0]
+    uri = shutil.copytree(killed[0], tmp_path / "codes.lance")
     encoder = BatchEncoder(shared_model, processor)
     before = lance.dataset(uri).version
     with pytest.raises(FileExistsError, match="append=True"):
@@ -397,8 +433,13 @@ def test_rows_are_appended_under_new_ids_only(killed, table, encoded, shared_mod
         encode_with_ray(ray.data.from_arrow(table.slice(0, 10)), encoder, uri, append=True)
     with pytest.raises(FileNotFoundError, match=r"absent\.lance"):
         encode_with_ray(ray.data.from_arrow(table), encoder, tmp_path / "absent.lance", append=True)
-    assert lance.dataset(uri).version == before
     more = table.slice(0, 20).set_column(0, "id", pa.array(range(20)))
+    other = TCQModel(shared_model.config)
+    other.save_pretrained(tmp_path / "other")
+    for encoder_of_other in (BatchEncoder(other, processor), BatchEncoder(tmp_path / "other", processor)):
+        with pytest.raises(ValueError, match="has another code under these codebooks"):
+            encode_with_ray(ray.data.from_arrow(more), encoder_of_other, uri, append=True)
+    assert lance.dataset(uri).version == before
     assert encode_with_ray(ray.data.from_arrow(more), encoder, uri, num_actors=1, append=True) == RayEncoding(20, {})
     index = build_lance_index(uri, shared_model, fan_out=ray_map)
     assert index.ntotal == ROWS + 19
@@ -425,6 +466,16 @@ def test_what_else_a_worker_raises_is_said(cluster):
 
     with pytest.raises(RuntimeError, match=r"a worker failed and nothing was written: OSError: no space left"):
         _report(ray.data.from_items([{"id": 1}]).map_batches(fail), 1)
+
+
+def test_of_two_runs_to_one_place_the_first_is_kept(table, tmp_path):
+    lance = pytest.importorskip("lance", reason="Lance is not installed: pip install 'tcq_hf[lance]'")
+    rows = table.select(["id", "name"]).append_column("error", pa.nulls(ROWS, pa.string()))
+    reports = [_write_fragments(rows.slice(start, 10), str(tmp_path / "new"), False, "id", None) for start in (0, 50)]
+    _commit(reports[0], str(tmp_path / "new"), None, None)
+    with pytest.raises(FileExistsError, match="another process wrote a Lance dataset"):
+        _commit(reports[1], str(tmp_path / "new"), None, None)
+    assert lance.dataset(tmp_path / "new").to_table()["id"].to_pylist() == list(range(FIRST, FIRST + 10))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import faiss
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.testing import assert_array_equal
 
 from tcq_hf import build_index, load_index
 from tcq_hf.index import segment_files, segments
+from tcq_hf.index.code_index import CodeIndex
 from tcq_hf.index.faiss_index import check_index_belongs
 from tcq_hf.index.segments import SegmentedIndex
 
@@ -131,6 +133,15 @@ def test_ids_may_be_any_numbers(folder):
     assert_array_equal(index.append(CODES[:1]), [10**12 + 1000])
 
 
+def test_ids_end_where_64_bits_do(folder):
+    index = SegmentedIndex.create(folder, CODEBOOKS)
+    index.append(CODES[:1], ids=[2**63 - 2])
+    with pytest.raises(ValueError, match=r"go on from 9223372036854775807 would pass 2\*\*63 - 2; give ids"):
+        index.append(CODES[1:2])
+    index.append(CODES[1:2], ids=[5])
+    is_the_index(SegmentedIndex.open(folder), CODES[1::-1], np.array([5, 2**63 - 2]))
+
+
 def test_nothing_to_do_changes_nothing(filled, folder):
     before = (folder / "index.json").read_text()
     assert len(filled.append(CODES[:0])) == 0
@@ -161,8 +172,9 @@ def test_plain_faiss_reads_a_segment(filled, folder):
     assert_array_equal(plain.search(QUERIES, 5)[0], build_index(CODEBOOKS, CODES[:400]).search(QUERIES, 5)[0])
 
 
-def test_segments_are_mapped(filled):
+def test_segments_are_mapped_and_ranges_of_ids_not_held(filled):
     assert not any(part.index.codes.is_owned for part in filled._parts)
+    assert not any(isinstance(held, np.ndarray) for part in filled._parts for held in vars(part).values())
 
 
 def test_an_index_knows_its_model(filled, folder):
@@ -236,6 +248,8 @@ def test_changed_ids_are_refused(filled, folder):
         lambda text: text.replace("segment-00000.faiss", "../segment-00000.faiss"),
         lambda text: text.replace("codebooks.faiss", "../codebooks.faiss"),
         lambda text: text.replace('"changes": 3', '"changes": "?"'),
+        lambda text: text.replace('"first": 400', '"first": null'),
+        lambda text: text.replace('"model": "my-model",', ""),
     ],
 )
 def test_a_damaged_manifest_is_a_value_error_that_names_it(filled, folder, spoil):
@@ -274,6 +288,17 @@ def test_a_change_that_dies_leaves_the_index_as_it_was(filled, folder, change, m
     is_the_index(SegmentedIndex.open(folder, verify=True), np.concatenate([CODES, CODES[:9]]), np.arange(1009))
 
 
+def test_an_index_made_anew_in_the_folder_is_not_changed_by_the_old_one(filled, folder):
+    shutil.rmtree(folder)
+    new = SegmentedIndex.create(folder, CODEBOOKS)
+    for start in range(0, 30, 10):  # as many changes as the old one has seen
+        new.append(CODES[start : start + 10])
+    for change in (lambda: filled.append(CODES[:3]), lambda: filled.remove([1]), filled.merge):
+        with pytest.raises(ValueError, match=r"another index was made in .*; open it again"):
+            change()
+    is_the_index(SegmentedIndex.open(folder, verify=True), CODES[:30], np.arange(30))
+
+
 def append_ten(folder, start):
     SegmentedIndex.open(folder, CODEBOOKS).append(CODES[start : start + 10])
 
@@ -286,6 +311,7 @@ def test_processes_that_append_at_once_lose_nothing(folder):
         worker.start()
     for worker in workers:
         worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
     found = SegmentedIndex.open(folder, verify=True)
     assert_array_equal(np.sort(found.ids()), np.arange(30))
     assert_array_equal(np.sort(found.codes_array(), axis=0), np.sort(CODES[:30], axis=0))
@@ -294,32 +320,69 @@ def test_processes_that_append_at_once_lose_nothing(folder):
     assert_array_equal(np.sort(index.ids()), np.arange(31))
 
 
+def change_within(monkeypatch, method, change):
+    """Let a change come when this method of a segment's index is called for the first time."""
+    real = getattr(CodeIndex, method)
+
+    def changed(self, *args):
+        monkeypatch.setattr(CodeIndex, method, real)
+        change()
+        return real(self, *args)
+
+    monkeypatch.setattr(CodeIndex, method, changed)
+
+
+@pytest.mark.parametrize("change", [SegmentedIndex.merge, lambda index: index.remove(np.arange(400, 1000))])
+def test_a_search_goes_on_over_the_rows_it_began_with(filled, monkeypatch, change):
+    expected = filled.search(QUERIES, 1000)
+    change_within(monkeypatch, "search", lambda: change(filled))
+    assert_array_equal(filled.search(QUERIES, 1000), expected)
+    assert len(filled.segments) == 1
+
+
+def test_codes_and_ids_are_of_one_moment(filled, tmp_path, monkeypatch):
+    change_within(monkeypatch, "codes_array", lambda: filled.remove(np.arange(400)))
+    index, ids = filled.in_memory()
+    assert_array_equal(ids, np.arange(1000))
+    assert_array_equal(index.codes_array(), CODES)
+    change_within(monkeypatch, "codes_array", lambda: filled.append(CODES[:400], np.arange(400)))
+    ids = filled.export(tmp_path / "index.faiss")
+    assert_array_equal(load_index(tmp_path / "index.faiss").codes_array(), CODES[ids])
+    assert len(ids) == 600
+
+
 def test_searches_beside_changes_see_whole_ones(folder):
-    """Rows come and go in pairs with ids 2i and 2i + 1."""
+    """Rows come and go in pairs of one code, with ids 2i and 2i + 1, from two threads."""
     index = SegmentedIndex.create(folder, CODEBOOKS)
-    index.append(np.repeat(CODES[:50], 2, axis=0))
-    stop, wrong = threading.Event(), []
+    index.append(np.repeat(CODES[:50], 2, axis=0), np.arange(100))
+    stop = threading.Event()
 
     def look():
+        looks = 0
         while not stop.is_set():
-            parts = index._parts
-            k = sum(part.segment.rows for part in parts)
-            scores, ids = index.search(QUERIES, 40)
-            if not np.isfinite(scores).all() or any(len({*row}) < 40 for row in ids.tolist()) or k % 2:
-                wrong.append(ids)
+            ids = np.sort(index.search(QUERIES, 40)[1])
+            assert_array_equal(ids[:, 0::2], ids[:, 1::2] - 1)
+            assert not (ids[:, 0::2] % 2).any()
+            looks += 1
+        return looks
 
-    threads = [threading.Thread(target=look) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for start in range(50, 200, 25):
-        index.append(np.repeat(CODES[start : start + 25], 2, axis=0))
-        index.remove(np.arange(2 * start - 20, 2 * start))
-    index.merge()
-    stop.set()
-    for thread in threads:
-        thread.join(30)
-    assert not wrong
-    assert index.ntotal == 400 - 6 * 20
+    def change(first, last):
+        for start in range(first, last, 5):
+            index.append(np.repeat(CODES[start : start + 5], 2, axis=0), np.arange(2 * start, 2 * start + 10))
+            index.remove(np.arange(2 * start, 2 * start + 4))
+            if start % 25 == 0:
+                index.merge()
+
+    with ThreadPoolExecutor(6) as pool:
+        looking = [pool.submit(look) for _ in range(4)]
+        try:
+            for changing in [pool.submit(change, 50, 100), pool.submit(change, 100, 150)]:
+                changing.result(60)
+        finally:
+            stop.set()
+        assert all(each.result(60) for each in looking)
+    kept = [i for i in range(300) if i < 100 or i % 10 >= 4]
+    is_the_index(SegmentedIndex.open(folder, verify=True), np.repeat(CODES[:150], 2, axis=0)[kept], np.array(kept))
 
 
 # --- Bad input -------------------------------------------------------------------------------------------------------
@@ -331,10 +394,11 @@ def test_searches_beside_changes_see_whole_ones(folder):
         (lambda index: index.append(CODES[:, :3]), ValueError, r"shape \[N, 4\], got \[1000, 3\]"),
         (lambda index: index.append(CODES / 2), TypeError, "codes must be integers"),
         (lambda index: index.append(CODES[:3].astype(int) + 250), ValueError, "below codebook_size=256"),
-        (lambda index: index.append(CODES[:3], ids=[1000, 1001]), ValueError, "3 codes but 2 ids"),
+        (lambda index: index.append(CODES[:3], ids=[1000, 1001]), ValueError, "3 rows but 2 ids"),
         (lambda index: index.append(CODES[:2], ids=[1000, 1000]), ValueError, "id 1000 is given twice"),
         (lambda index: index.append(CODES[:2], ids=[1000, 999]), ValueError, "id 999 is in the index already"),
         (lambda index: index.append(CODES[:2], ids=[-1, 1000]), ValueError, "at least 0, got -1"),
+        (lambda index: index.append(CODES[:2], ids=[1000, 2**63 - 1]), ValueError, r"at most 2\*\*63 - 2, got 922"),
         (lambda index: index.append(CODES[:2], ids=[0.5, 1]), TypeError, "ids must be integers"),
         (lambda index: index.remove([5, 1000]), ValueError, "id 1000 is not in the index"),
         (lambda index: index.remove(5), TypeError, r"ids must be integers \[n\]"),
