@@ -19,7 +19,8 @@ threads. The graph is that of what the codes restore, `KNNGraph.from_index`: up 
 of more each row asks a fast index; *right* is the share of its neighbours that are among the nearest of all rows, of
 {sample} rows, ties counted. Each line is a process of its own, and all options are the defaults. *Fit* is done once
 when the graph is there; *ms a query* is the median of 100 single queries with lists of 400 rows. *Most memory* is all
-that the process held at its peak, Python with its packages, codes, vectors and graph included (VmHWM)."""
+that the process held at its peak, Python with its packages, codes, vectors and graph included (VmHWM). `--million` adds
+the last line."""
 
 DEPTH, SAMPLE = 400, 300
 RERANKERS = {
