@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from .code_index import CodeIndex, check_codebooks, codebooks_of, faiss, held
 from .fast_index import FastIndex
-from .gpu_index import gpu_codebooks
+from .gpu_index import gpu_codebooks, has_zero_centroids
 from .ivf_index import IVFIndex
 from .writing import written_aside
 
@@ -89,9 +89,10 @@ def _check_member(index: Any, expected: np.ndarray) -> None:
     found, metric = index_codebooks(index), getattr(index, "metric_type", faiss.METRIC_INNER_PRODUCT)
     if found is None or metric != faiss.METRIC_INNER_PRODUCT:
         raise ValueError(f"the index is a {type(index).__name__} without the model's codebooks; use build_index(model)")
-    if _alike(found, expected):
-        return
-    if isinstance(index, faiss.IndexIVFPQ) and index.by_residual and _alike(found, gpu_codebooks(expected)):
+    residual = isinstance(index, faiss.IndexIVFPQ) and index.by_residual
+    if residual and not has_zero_centroids(index):
+        raise ValueError("the index encodes residuals: its scores are not those of the model; use build_index(model)")
+    if _alike(found, gpu_codebooks(expected) if residual else expected):
         return
     raise ValueError(
         f"the index belongs to another model: its codebooks {list(found.shape)} differ from the model's "

@@ -64,6 +64,14 @@ def zero_coarse_index(index: CodeIndex | FastIndex, num_lists: int = 128, num_sh
     return outer
 
 
+def has_zero_centroids(index: faiss.Index) -> bool:
+    """Whether an index has the form of `zero_coarse_index`, in which FAISS learns none."""
+    if not isinstance(index, faiss.IndexIVFPQ) or not index.by_residual:
+        return False
+    coarse = faiss.downcast_index(index.quantizer)
+    return isinstance(coarse, faiss.IndexFlat) and not coarse.reconstruct_n(0, coarse.ntotal).any()
+
+
 def flat_index(moved: faiss.Index, codebooks: Any) -> CodeIndex:
     """The index that `zero_coarse_index` was made of.
 

@@ -224,7 +224,6 @@ class SegmentedIndex:
         """Hold the folder, with what other processes have done to it, and a manifest to fill."""
         with FileLock(self.folder / LOCK):
             manifest = read_manifest(self.folder)
-            # Earlier versions gave none.
             if manifest["id"] != self._manifest["id"]:
                 raise ValueError(f"another index was made in {self.folder} since this one was opened; open it again")
             if manifest["changes"] != self._manifest["changes"]:

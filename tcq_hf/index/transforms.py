@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from .code_index import LearnedIndex, check_vectors, faiss
 from .faiss_index import index_codebooks
+from .gpu_index import has_zero_centroids
 from .tensor_files import load_tensors, save_tensors
 from .transform_steps import FittedStep, Step, fit_step
 
@@ -265,18 +266,10 @@ def _learned_codebooks(index: faiss.Index) -> int:
         return 0
     norms = np.linalg.norm(codebooks, axis=-1)
     # Those that FAISS learns are means of rows, and not of unit norm.
-    if not isinstance(index, LearnedIndex) and not _has_zero_centroids(index) and np.abs(norms - 1).max() > _ERROR:
+    if not isinstance(index, LearnedIndex) and not has_zero_centroids(index) and np.abs(norms - 1).max() > _ERROR:
         return 0
     # In the form for a GPU a codebook may be two of the model's, or none.
     return round(float((norms[:, 0] ** 2).sum()))
-
-
-def _has_zero_centroids(index: faiss.Index) -> bool:
-    """Whether an index has the form of `zero_coarse_index`, in which FAISS learns none."""
-    if not isinstance(index, faiss.IndexIVFPQ):
-        return False
-    coarse = faiss.downcast_index(index.quantizer)
-    return isinstance(coarse, faiss.IndexFlat) and not coarse.reconstruct_n(0, coarse.ntotal).any()
 
 
 def _keeps_embeddings(fitted: FittedStep, num_codebooks: int) -> bool:

@@ -172,6 +172,16 @@ def test_its_codebooks_are_recognised(num_codebooks, codebook_size, count):
         check_index_belongs(moved, other)
 
 
+def test_an_index_of_residuals_is_not_taken_for_one_of_the_model():
+    codebooks, index, _ = collection(8, 256)
+    moved = zero_coarse_index(index, 4)
+    coarse = faiss.downcast_index(moved.quantizer)
+    coarse.reset()
+    coarse.add(np.ones((4, index.d), np.float32))
+    with pytest.raises(ValueError, match="the index encodes residuals"):
+        check_index_belongs(moved, codebooks)
+
+
 def within(*indexes):
     """Indexes as shards behind a transform, as several GPUs hold them, and what must outlive it."""
     shards, width = faiss.IndexShards(indexes[0].d, False, False), indexes[0].d
